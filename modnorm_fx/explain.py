@@ -1,0 +1,79 @@
+"""Every stage of the conversion as text, for ``ModularNorm.explain`` and ``modnorm-fx explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from .capture import Captured, where
+from .regions import Region
+
+__all__ = ["STAGES"]
+
+#: the stages, in order
+STAGES = ("capture", "canonical", "atoms", "scales", "sensitivities", "mass", "tree", "timing")
+
+
+def graph(captured: Captured) -> str:
+    """The captured graph as Python."""
+    head = f"# captured by {captured.route}: {len(captured.graph_module.graph.nodes)} nodes, {len(captured.shapes)} parameters\n"
+    return head + captured.graph_module.print_readable(print_output=False)
+
+
+def canonical(module: fx.GraphModule, found: Mapping[str, int]) -> str:
+    """The rewritten graph, with what was recognised."""
+    counts = ", ".join(f"{n} {what}" for what, n in found.items())
+    lines = [f"# recognised: {counts}"]
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        target = module.get_submodule(str(node.target)).kind if node.op == "call_module" else node.target
+        lines.append(f"{node.name} = {target}({', '.join(map(str, node.args))})")
+    return "\n".join(lines)
+
+
+def atoms(weights: Sequence[Any]) -> str:
+    """Every weight with its atom at each use, and where that is."""
+    lines = []
+    for w in weights:
+        for node, operand, atom in w.uses:
+            lines.append(f"{w.key:60} {atom.describe():32} {operand[0]} of {node.target}  {where(node) or ''}")
+    return "\n".join(lines)
+
+
+def scales(module: fx.GraphModule, facts: Any) -> str:
+    """Scale, local sensitivities and status of every signal."""
+    lines = [f"{'signal':36} {'scale':>10}  status    sensitivity to its operands"]
+    for node, scale in facts.scale.items():
+        local = ", ".join(f"{name if i is None else f'{name}[{i}]'} {value:.4g}" for (name, i), value in facts.local[node].items())
+        lines.append(f"{_label(module, node):36} {scale:10.4g}  {facts.status[node]:8}  {local}")
+    return "\n".join(lines)
+
+
+def sensitivities(module: fx.GraphModule, facts: Any) -> str:
+    """Sensitivity of the output to every signal, from input to output."""
+    rows = sorted(facts.of.items(), key=lambda item: item[0])
+    return "\n".join([f"{'signal':36} {'S':>10}", *(f"{_label(module, node):36} {s:10.4g}  {where(node) or ''}" for node, s in rows)])
+
+
+def mass(weights: Sequence[Any], places: Mapping[str, Any], masses: Mapping[str, float]) -> str:
+    """Place and mass of every weight."""
+    lines = [f"{'weight':60} {'mass':>10}  place"]
+    for w in weights:
+        place = " + ".join(f"{p.region} {p.block}".strip() for p in places[w.key])
+        lines.append(f"{w.key:60} {masses[w.key]:10.4g}  {place}")
+    return "\n".join(lines)
+
+
+def timing(seconds: Mapping[str, float]) -> str:
+    """Seconds per pass."""
+    return "\n".join([*(f"{name:24} {s:8.3f} s" for name, s in seconds.items()), f"{'total':24} {sum(seconds.values()):8.3f} s"])
+
+
+def _label(module: fx.GraphModule, node: fx.Node) -> str:
+    if node.op == "call_module":
+        region = module.get_submodule(str(node.target))
+        return f"{node.name} <{region.kind}>" if isinstance(region, Region) else node.name
+    return node.name

@@ -1,0 +1,329 @@
+"""The modular norm of one model: what ``convert`` returns.
+
+Immutable: every change returns a new norm. It holds the norm tree, the convention and the names and shapes of the model's
+parameters; all numbers of the leaves follow from the tree by the paper's recursion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import tree as T
+from .atoms import Atom, Slice, Tied
+from .conventions import Convention
+from .errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
+
+__all__ = ["Leaf", "ModularNorm"]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One weight, or one slice of a packed weight.
+
+    Attributes:
+        key: the parameter's qualified name, with the slice in Python notation when packed.
+        weight: the parameter's qualified name. slices: which part of it, () for all.
+        atom: how it is used, and with it its norm.
+        mass: its part of the network's mass.
+        sensitivity: change of the network's output (relative to its scale) per change of the output of the op that uses it.
+        scale: RMS of what it multiplies (1 for what is added).
+        target: the atom norm that a unit update gives it: ``share(mass) / (sensitivity · scale)``.
+        initial: the norm it is declared to have, which ``initialize_`` gives it.
+        status: ``sampled`` where its sensitivity rests on an estimate, else ``rules``.
+    """
+
+    key: str
+    weight: str
+    slices: tuple[Slice, ...]
+    atom: Atom
+    mass: float
+    sensitivity: float
+    scale: float
+    target: float
+    initial: float
+    status: str = "rules"
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The leaf's part of a tensor of the parameter's shape: a view when contiguous, else a copy."""
+        for part in self.slices:
+            tensor = part.read(tensor)
+        return tensor
+
+    def write_(self, tensor: Tensor, part: Tensor) -> None:
+        """Puts a changed ``read(tensor)`` back; nothing happens if it was a view."""
+        if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() and part.numel():
+            return
+        if not self.slices:
+            tensor.copy_(part)
+            return
+        index = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape)
+        tensor.view(-1)[self.read(index).reshape(-1)] = part.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ModularNorm:
+    """The modular norm of a model (arXiv 2405.14813, section 3).
+
+    ``‖ΔW‖ = max over leaves of atom.norm(ΔW_leaf) / target_leaf``: an update of norm η changes the output by at most (paper) or
+    typically (tracked) η relative to its scale.
+
+    Attributes:
+        tree: the norm tree. convention: how contributions add up.
+        shapes: every parameter's canonical name and shape. aliases: other names of tied parameters.
+        slices: leaf key -> (parameter, slices). unused: parameters that reach no output and have no leaf.
+        stages: name of a stage -> function that prints it, for ``explain`` (empty on a loaded norm).
+    """
+
+    tree: T.Node
+    convention: Convention
+    shapes: Mapping[str, tuple[int, ...]]
+    slices: Mapping[str, tuple[str, tuple[Slice, ...]]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    stages: Mapping[str, Callable[[], str]] = field(default_factory=dict, repr=False)
+    _parameters: Mapping[int, tuple[weakref.ref, str]] = field(default_factory=dict, repr=False)
+
+    # --- reading ---------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def leaves(self) -> tuple[Leaf, ...]:
+        """Every weight, in order of first use, from the recursion on the tree."""
+        parts: dict[str, list[T.Allotment]] = defaultdict(list)
+        for part in T.allot(self.tree, self.convention):
+            parts[part.node.key].append(part)
+        return tuple(self._leaf(key, parts[key]) for key in self.slices)
+
+    def _leaf(self, key: str, uses: list[T.Allotment]) -> Leaf:
+        mass = math.fsum(u.node.own_mass for u in uses)
+        gain = math.fsum(u.gain for u in uses)
+        share = self.convention.share(mass, self.tree.mass)
+        atom, initial = uses[0].node.atom, uses[0].node.initial
+        by_atom: dict[Atom, float] = defaultdict(float)
+        for u in uses:
+            by_atom[u.node.atom] += u.gain
+        if len(by_atom) > 1 and gain > 0:
+            atom = Tied(atom.shape, tuple(by_atom), tuple(g / gain for g in by_atom.values()))
+            initial = math.fsum(u.gain / gain * u.node.initial for u in uses)
+        first = uses[0]
+        sensitivity, scale = (first.sensitivity, first.node.gain) if len(uses) == 1 else (gain, 1.0)
+        status = "sampled" if any(u.node.status == "sampled" for u in uses) else "rules"
+        weight, slices = self.slices[key]
+        return Leaf(key, weight, slices, atom, mass, sensitivity, scale, share / gain if gain > 0 else 0.0, initial, status)
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """Leaf key -> the atom norm that a unit update gives it."""
+        return {leaf.key: leaf.target for leaf in self.leaves}
+
+    @property
+    def mass(self) -> float:
+        return self.tree.mass
+
+    @property
+    def sensitivity(self) -> float:
+        """Sensitivity of the whole network's output to its input."""
+        return self.tree.sensitivity(self.convention)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the parameters' names and shapes: two models with equal digests can share a norm."""
+        text = json.dumps(sorted((name, list(shape)) for name, shape in self.shapes.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def _by_weight(self) -> dict[str, list[Leaf]]:
+        found: dict[str, list[Leaf]] = defaultdict(list)
+        for leaf in self.leaves:
+            found[leaf.weight].append(leaf)
+        return dict(found)
+
+    # --- binding to a model ----------------------------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module) -> ModularNorm:
+        """This norm for ``model``, whose parameters it then knows by identity.
+
+        Raises:
+            ModelMismatchError: names or shapes differ from those the norm was inferred for; the differences are listed.
+        """
+        names: dict[int, tuple[weakref.ref, str]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in model.named_parameters():
+            names[id(parameter)] = (weakref.ref(parameter), name)
+            shapes[name] = tuple(parameter.shape)
+        if shapes != dict(self.shapes):
+            raise ModelMismatchError(
+                f"This norm was inferred for another model than this {type(model).__name__}.",
+                why=_differences(dict(self.shapes), shapes),
+                do="Convert this model, or build it with the configuration it was saved with.",
+            )
+        return replace(self, _parameters=names)
+
+    def parameter_name(self, parameter: Tensor) -> str | None:
+        """The qualified name of a parameter of the bound model, by identity; None for any other tensor."""
+        found = self._parameters.get(id(parameter))
+        return found[1] if found and found[0]() is parameter else None
+
+    # --- changing --------------------------------------------------------------------------------------------------------------
+
+    def tare(self, path: str, mass: float) -> ModularNorm:
+        """A norm in which everything at or below the module or parameter ``path`` has total mass ``mass``; other masses stay.
+
+        Raises:
+            MassError: no leaf lies at ``path``, its mass is zero now and so cannot be scaled, or ``mass`` is not a finite number >= 0.
+        """
+        if not (isinstance(mass, int | float) and 0 <= mass < math.inf):
+            raise MassError(f"The mass of {path!r} is {mass!r}.", why="a mass is a finite number, zero or more")
+        path = self.aliases.get(path, path)
+
+        def hit(key: str) -> bool:
+            weight = self.slices[key][0]
+            return key == path or weight == path or weight.startswith(path + ".") or path == ""
+
+        now = math.fsum(node.mass for node in T.leaves(self.tree) if hit(node.key))
+        if not any(hit(key) for key in self.slices):
+            raise MassError(f"Nothing in the norm lies at {path!r}.", do=f"Use a module path or parameter name, such as {_near(path, self.slices)!r}.")
+        if now == 0 and mass > 0:
+            raise MassError(f"Everything at {path!r} has mass 0, which cannot be scaled to {mass}.", do="Convert again with masses=.")
+        factor = mass / now if now else 0.0
+        tree = T.map_atoms(self.tree, lambda n: replace(n, own_mass=n.own_mass * factor) if hit(n.key) else n)
+        if tree.mass <= 0:
+            raise MassError("All masses would be zero.", why="then no weight may move")
+        return replace(self, tree=tree)
+
+    # --- measuring and scaling updates -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def norm(self, updates: Mapping[str, Tensor]) -> Tensor:
+        """The modular norm of updates (parameter name -> tensor of its shape), exact; float32, no dimensions.
+
+        Raises ModelMismatchError for names or shapes that the norm does not know, NonFiniteError for NaN or infinity.
+        """
+        ratios = []
+        for name, tensor in self._checked(updates).items():
+            for leaf in self._by_weight[name]:
+                size = leaf.atom.norm(leaf.read(tensor))
+                ratios.append(size / leaf.target if leaf.target > 0 else torch.where(size > 0, math.inf, 0.0).to(size))
+        return torch.stack([r.cpu() for r in ratios]).max() if ratios else torch.zeros(())
+
+    @torch.no_grad()
+    def normalize_(self, updates: Mapping[str, Tensor], target: float = 1.0) -> None:
+        """Scales updates in place so that every leaf has norm ``target`` times its own target; zero stays zero. Exact norms.
+
+        Raises as ``norm`` does, before anything is changed.
+        """
+        self._each(updates, lambda leaf, part: leaf.atom.normalize_(part, target * leaf.target))
+
+    @torch.no_grad()
+    def dualize_(self, updates: Mapping[str, Tensor], target: float = 1.0) -> None:
+        """Replaces updates in place by the steepest-descent step of norm ``target``: the dual of each leaf (modular duality)."""
+        self._each(updates, lambda leaf, part: leaf.atom.dualize_(part, target * leaf.target))
+
+    @torch.no_grad()
+    def initialize_(self, model: nn.Module, generator: torch.Generator | None = None) -> None:
+        """Gives every weight of ``model`` the norm it is declared to have: semi-orthogonal matrices, unit gains, zero biases.
+
+        Scalars and unused parameters stay as they are. The model must have the norm's parameters (ModelMismatchError otherwise).
+        """
+        self._each(_tensors(self.bind(model), model), lambda leaf, part: leaf.atom.initialize_(part, leaf.initial, generator), check=False)
+
+    @torch.no_grad()
+    def project_(self, model: nn.Module, bound: float = 1.0) -> None:
+        """Shrinks weights of ``model`` whose norm exceeds ``bound`` times what they are declared to have; others stay."""
+        self._each(
+            {k: v for k, v in _tensors(self.bind(model), model).items() if any(leaf.initial > 0 for leaf in self._by_weight.get(k, ()))},
+            lambda leaf, part: leaf.atom.project_(part, bound * leaf.initial) if leaf.initial > 0 else None,
+        )
+
+    def _each(self, updates: Mapping[str, Tensor], change: Callable[[Leaf, Tensor], object], check: bool = True) -> None:
+        for name, tensor in (self._checked(updates) if check else updates).items():
+            for leaf in self._by_weight.get(name, ()):
+                part = leaf.read(tensor)
+                change(leaf, part)
+                leaf.write_(tensor, part)
+
+    def _checked(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Updates by canonical name; nothing is changed before all are found good."""
+        out: dict[str, Tensor] = {}
+        for given, tensor in updates.items():
+            name = self.aliases.get(given, given)
+            if name not in self.shapes:
+                raise ModelMismatchError(f"The norm knows no parameter {given!r}.", do=f"Did you mean {_near(given, self.shapes)!r}?")
+            if tuple(tensor.shape) != tuple(self.shapes[name]):
+                raise ModelMismatchError(
+                    f"The update of {given!r} has shape {list(tensor.shape)}; the parameter had {list(self.shapes[name])} when it was converted."
+                )
+            if name not in self._by_weight:
+                raise ModelMismatchError(f"{given!r} reaches no output of the model, so it has no norm.", do="Leave it out of the update.")
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteError(f"The update of {given!r} holds NaN or infinity.", why="no scaling makes it finite; nothing was changed")
+            out[name] = tensor
+        return out
+
+    # --- showing and keeping ---------------------------------------------------------------------------------------------------
+
+    def explain(self, stage: str) -> str:
+        """One stage of the conversion as text: one of ``stages``. Raises ModnormError for others, and on a loaded norm."""
+        if stage not in self.stages:
+            raise ModnormError(
+                f"There is no stage {stage!r} to explain.",
+                why=None if self.stages else "a loaded norm keeps the tree but not the stages that led to it",
+                do=f"Use one of {', '.join(self.stages)}." if self.stages else "Convert the model again.",
+            )
+        return self.stages[stage]()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the norm as JSON: data only, the same bytes for the same norm. See ``norm_json`` for the schema."""
+        from .norm_json import to_json
+
+        Path(path).write_text(json.dumps(to_json(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path, model: nn.Module | None = None) -> ModularNorm:
+        """Reads a saved norm, and binds it to ``model`` if one is given.
+
+        Raises FormatError for anything that is not a norm of a known schema version, ModelMismatchError for another model.
+        """
+        from .norm_json import read
+
+        norm = read(Path(path))
+        return norm.bind(model) if model is not None else norm
+
+    def __str__(self) -> str:
+        from .report import text
+
+        return text(self)
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes the tree as one self-contained HTML page."""
+        from .report import html
+
+        Path(path).write_text(html(self), encoding="utf-8")
+
+
+def _tensors(norm: ModularNorm, model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.data for name, p in model.named_parameters() if name in norm._by_weight}
+
+
+def _near(name: str, known) -> str:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)), "")
+
+
+def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], most: int = 5) -> str:
+    lines = [f"{n} is missing" for n in expected if n not in found]
+    lines += [f"{n} is new" for n in found if n not in expected]
+    lines += [f"{n} has shape {list(found[n])}, not {list(s)}" for n, s in expected.items() if n in found and found[n] != s]
+    rest = f"; and {len(lines) - most} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + rest

@@ -1,0 +1,371 @@
+"""`ModularOptimizer`: any torch optimizer, with every step measured in the modular norm (paper, section 3).
+
+A step takes the base optimizer's update (see base_step.py), scales every leaf of it to that leaf's target, or replaces
+it by its dual, and adds `lr` times the result to the weights. The weights themselves never pass through the base:
+whatever it raises, they are as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .base_step import Active, BaseStep, announce, logger
+from .errors import FormatError, ModelMismatchError, NonFiniteError, OptimizerError
+
+if TYPE_CHECKING:
+    from .atoms import Vectors
+    from .norm import Leaf, ModularNorm
+
+__all__ = ["ModularOptimizer"]
+
+VERSION = 1
+
+
+class _Refused(Exception):
+    """Carries a NonFiniteError out of a step, through the base's own step if a closure is being evaluated there."""
+
+    def __init__(self, error: NonFiniteError):
+        super().__init__(error)
+        self.error = error
+
+
+class ModularOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` around another one; `lr` is the modular norm of each step.
+
+    Args:
+        base: any torch optimizer, already holding the model's parameters. Step only the wrapper from now on. Its lr is
+            not used, nor is decoupled weight decay; its other settings are, and can be changed in `param_groups`.
+        norm: what `convert` returned for the same model.
+        lr: modular norm of a step; per group in `param_groups[i]["lr"]`, where learning rate schedulers find it.
+        weight_decay: decoupled decay in proportion to the targets (the paper's `regularize`): a matrix leaf is
+            multiplied by `1 - lr·weight_decay·target`. Vectors (gains, biases) do not decay.
+        mode: "normalize" scales the base's update (the paper); "dualize" replaces it by its dual, the steepest step.
+        backend: "auto" or "eager".
+        nonfinite: "raise" NonFiniteError when a gradient or update holds NaN or infinity, or "skip" that step.
+        weight_dependent: whether the base's update depends on the weights; None looks its class up.
+
+    Gradients are checked before the base is stepped, updates afterwards: weights and power vectors never change in a
+    refused step, and the base's state does not if a gradient is the cause. Parameters that are frozen or have no
+    gradient in a step are left alone, including their decay.
+
+    Raises:
+        OptimizerError: the arguments are invalid, the base holds parameters that the norm does not know, a gradient is
+            sparse, or a parameter that the norm lists as unused has a gradient.
+        ModelMismatchError: a parameter has another shape than the norm was inferred for.
+        NonFiniteError: see `nonfinite`.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        norm: ModularNorm,
+        *,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+        mode: Literal["normalize", "dualize"] = "normalize",
+        backend: Literal["auto", "eager"] = "auto",
+        nonfinite: Literal["raise", "skip"] = "raise",
+        weight_dependent: bool | None = None,
+    ):
+        if not isinstance(base, Optimizer) or isinstance(base, ModularOptimizer):
+            raise OptimizerError(
+                f"The base of a ModularOptimizer must be another torch.optim.Optimizer, not {type(base).__name__}.",
+                do="pass, for example, torch.optim.AdamW(model.parameters())",
+            )
+        _check_choice("mode", mode, ("normalize", "dualize"))
+        _check_choice("backend", backend, ("auto", "eager"))
+        _check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        if base.defaults.get("differentiable"):
+            raise OptimizerError("The base was built with differentiable=True, which a ModularOptimizer cannot keep.")
+        _check_number("lr", lr)
+        _check_number("weight_decay", weight_decay)
+
+        self.base, self.norm, self.mode, self.backend, self.nonfinite = base, norm, mode, backend, nonfinite
+        self._base_step = BaseStep(base, weight_dependent)
+        self._leaves: dict[str, list[Leaf]] = {}
+        for leaf in norm.leaves:
+            self._leaves.setdefault(leaf.weight, []).append(leaf)
+        covered = {name: sum(math.prod(leaf.atom.shape) for leaf in leaves) for name, leaves in self._leaves.items()}
+        self._partial = {name for name, count in covered.items() if count < math.prod(norm.shapes[name])}
+        self._names: dict[Tensor, str] = {}
+        self._vectors: dict[str, Vectors] = {}
+        self._check_known([(i, p) for i, group in enumerate(base.param_groups) for p in group["params"]])
+
+        own = {"lr": lr, "weight_decay": weight_decay}
+        groups = [_without_names(group) | own for group in base.param_groups]
+        super().__init__(groups, base.defaults | own)
+        announce(base, self._base_step.weight_dependent, weight_decay)
+
+    # Groups and state ------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state, shared."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        pass  # torch's constructor sets an empty one
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base and to the wrapper; `lr` and `weight_decay` in it are the wrapper's.
+
+        Raises:
+            OptimizerError: the norm does not know one of the parameters.
+        """
+        index = len(self.param_groups)
+        if index == len(self.base.param_groups):
+            params = param_group["params"]
+            listed = [params] if isinstance(params, Tensor) else list(params)
+            self._check_known([(index, p[1] if isinstance(p, tuple) else p) for p in listed])
+            theirs = {key: value for key, value in param_group.items() if key not in ("lr", "weight_decay")}
+            self.base.add_param_group(theirs | {"params": listed})
+            self._base_step.lr.append(1.0)
+            ours = {key: param_group[key] for key in ("lr", "weight_decay") if key in param_group}
+            defaults = {key: self.defaults[key] for key in ("lr", "weight_decay")}
+            param_group = _without_names(self.base.param_groups[-1]) | defaults | ours
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; plain data that `torch.load(weights_only=True)` reads.
+
+        `state` and `param_groups` as in every torch optimizer, `base_param_groups`, and `modnorm` with the norm's
+        digest and the power vectors. As in torch, tensors are not copied.
+        """
+        packed = super().state_dict()
+        base = self.base.state_dict()
+        vectors = {key: _as_lists(value) for key, value in self._vectors.items()}
+        packed["state"] = base.pop("state")
+        packed["base_param_groups"] = base.pop("param_groups")
+        packed["modnorm"] = {
+            "version": VERSION,
+            "digest": self.norm.digest,
+            "mode": self.mode,
+            "vectors": vectors,
+            "base_lr": list(self._base_step.lr),
+            "base_extra": base,
+        }
+        return packed
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict()`, bit for bit.
+
+        Raises:
+            FormatError: it is not a checkpoint of a ModularOptimizer, or of another version.
+            OptimizerError: it was saved with another norm.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        saved: Any = state_dict.get("modnorm")
+        if not isinstance(saved, dict) or "base_param_groups" not in state_dict:
+            raise FormatError(
+                "This state dict was not saved by a ModularOptimizer.",
+                why="it has no entry 'modnorm'",
+                do="to start from a plain optimizer's state, load it into the base before wrapping it",
+            )
+        if saved.get("version") != VERSION:
+            raise FormatError(
+                f"This optimizer state has version {saved.get('version')}; this package reads version {VERSION}.",
+                do="load it with the version of modnorm_fx that saved it",
+            )
+        keys = {leaf.key for leaf in self.norm.leaves}
+        if saved.get("digest") != self.norm.digest or not saved["vectors"].keys() <= keys:
+            raise OptimizerError(
+                "This optimizer state was saved with another norm.",
+                why=f"its digest is {saved.get('digest')}, this norm's is {self.norm.digest}",
+                do="load the norm that was saved with the checkpoint (ModularNorm.load), with the same masses",
+            )
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in state_dict["param_groups"]] != sizes:
+            raise OptimizerError(
+                "This optimizer state has other parameter groups.",
+                why=f"this optimizer has groups of {sizes} parameters",
+                do="build the groups (including those added later) as they were when it was saved",
+            )
+        theirs = {"state": state_dict["state"], "param_groups": state_dict["base_param_groups"]}
+        self.base.load_state_dict(theirs | saved.get("base_extra", {}))
+        for group, loaded in zip(self.param_groups, copy.deepcopy(state_dict["param_groups"]), strict=True):
+            group.update({key: value for key, value in loaded.items() if key != "params"})
+        self._vectors = {key: _as_tuples(value) for key, value in saved["vectors"].items()}
+        self._base_step.lr = list(saved["base_lr"])
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        skipped = ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured", "step")
+        return {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
+
+    # The step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of modular norm `lr`; returns the closure's loss, if there is a closure.
+
+        A closure is passed on to a base that depends on the weights, which may call it several times; otherwise it is
+        called once.
+        """
+        losses = []
+        active: Active = []
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                losses.append(closure())  # type: ignore[misc]
+            if not active:
+                active.extend(self._active())
+            return losses[-1]
+
+        try:
+            if closure is None:
+                active.extend(self._active())
+            elif not self._base_step.weight_dependent:
+                evaluate()
+            passed_on = evaluate if closure is not None and self._base_step.weight_dependent else None
+            updates = self._base_step.updates(self.param_groups, active, passed_on)
+            vectors = self._scale_to_targets(active, updates)
+            self._refuse_nonfinite("update", active, updates)
+        except _Refused as refused:
+            if self.nonfinite == "raise":
+                raise refused.error from None
+            logger.info("step skipped: %s", refused.error.what)
+        else:
+            self._vectors.update(vectors)
+            self._apply(active, updates)
+        return losses[0] if losses else None
+
+    def _active(self) -> Active:
+        """Everything with a gradient, after all checks; nothing is changed."""
+        if len(self.base.param_groups) != len(self.param_groups):
+            raise OptimizerError(
+                f"The base has {len(self.base.param_groups)} parameter groups, the wrapper {len(self.param_groups)}.",
+                do="add groups with ModularOptimizer.add_param_group only",
+            )
+        params = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        self._check_known(params)
+        active = [(i, self._names[p], p) for i, p in params if p.requires_grad and p.grad is not None]
+        for _, name, p in active:
+            if p.grad.layout != torch.strided:  # type: ignore[union-attr]
+                raise OptimizerError(
+                    f"The gradient of {name} is sparse.",
+                    why="the norm of an update is taken over the whole weight",
+                    do="build the embedding with sparse=False",
+                )
+            if name not in self._leaves:
+                raise OptimizerError(
+                    f"{name} has a gradient, but the norm lists it as unused.",
+                    why="the graph that convert() captured does not use it",
+                    do="convert the model with inputs (args, kwargs) that use it, or freeze it",
+                )
+        self._refuse_nonfinite("gradient", active, [p.grad for _, _, p in active])
+        return active
+
+    def _check_known(self, params: list[tuple[int, Tensor]]) -> None:
+        """The norm knows these (group index, parameter) by name and shape; remembers the names."""
+        unknown = []
+        for index, p in params:
+            name = self._names.get(p) or self.norm.parameter_name(p)  # type: ignore[arg-type]
+            if name is None:
+                unknown.append(f"shape {list(p.shape)} in group {index}")
+            elif tuple(p.shape) != tuple(self.norm.shapes[name]):
+                raise ModelMismatchError(
+                    f"{name} has shape {list(p.shape)}; the norm was inferred for {list(self.norm.shapes[name])}.",
+                    do="convert the model again after changing it",
+                )
+            else:
+                self._names[p] = name
+        if unknown:
+            shown = "; ".join(unknown[:5]) + ("; …" if len(unknown) > 5 else "")
+            raise OptimizerError(
+                f"The norm does not know {len(unknown)} of the optimizer's parameters: {shown}.",
+                why="they are not parameters of the model that was converted",
+                do="convert the model after the last change to it, and give the optimizer that model's parameters",
+            )
+
+    def _refuse_nonfinite(self, what: str, active: Active, tensors: list[Any]) -> None:
+        """Raise _Refused, naming the weight, if a tensor holds NaN or infinity. One synchronisation when none does."""
+        if not tensors or torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite():
+            return
+        bad = [name for (_, name, _), tensor in zip(active, tensors, strict=True) if not tensor.isfinite().all()]
+        others = f" (and of {len(bad) - 1} other weights)" if len(bad) > 1 else ""
+        untouched = "nothing was" if what == "gradient" else "the weights were not"
+        error = NonFiniteError(
+            f"The {what} of {bad[0]}{others} holds NaN or infinity; the step was refused and {untouched} changed.",
+            do="find where it comes from, or pass nonfinite='skip' to leave such steps out",
+        )
+        raise _Refused(error)
+
+    def _scale_to_targets(self, active: Active, updates: list[Tensor]) -> dict[str, Vectors]:
+        """Bring every leaf of every update to its target, in place; returns the new power vectors."""
+        vectors = {}
+        for (_, name, _), update in zip(active, updates, strict=True):
+            if name in self._partial:  # entries that no leaf describes do not move
+                rest = update.clone()
+                for leaf in self._leaves[name]:
+                    part = leaf.read(rest)
+                    leaf.write_(rest, part.zero_())
+                update -= rest
+            for leaf in self._leaves[name]:
+                part = leaf.read(update)
+                after = self._scale_leaf(leaf, part)
+                if after is not None:
+                    vectors[leaf.key] = after
+                leaf.write_(update, part)
+        return vectors
+
+    def _scale_leaf(self, leaf: Leaf, part: Tensor) -> Vectors | None:
+        """Normalise or dualise one leaf in place. Power vectors start cold at the first update that is not zero."""
+        if self.mode == "dualize":
+            leaf.atom.dualize_(part, leaf.target)
+            return None
+        vectors = self._vectors.get(leaf.key)
+        if vectors is None:
+            vectors = leaf.atom.start_vectors(part)
+            if vectors is not None and not part.any():
+                vectors = None
+        return leaf.atom.normalize_(part, leaf.target, vectors)
+
+    def _apply(self, active: Active, updates: list[Tensor]) -> None:
+        """Decay, then `p += lr · update`; the update carries the sign of a descent step."""
+        for (index, name, p), update in zip(active, updates, strict=True):
+            group = self.param_groups[index]
+            lr, decay = group["lr"], group["weight_decay"]
+            for leaf in self._leaves[name]:
+                if decay and leaf.atom.decays:
+                    part = leaf.read(p)
+                    leaf.write_(p, part.mul_(1.0 - lr * decay * leaf.target))
+            if isinstance(lr, Tensor):
+                p.add_(update * lr)
+            else:
+                p.add_(update, alpha=lr)
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptimizerError(f"{name}={value!r} is not a choice.", do=f"pass one of {', '.join(map(repr, allowed))}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not 0.0 <= float(value) < math.inf:
+        raise OptimizerError(f"{name}={value} must be finite and not negative.")
+
+
+def _without_names(group: dict[str, Any]) -> dict[str, Any]:
+    """A base's group for the wrapper: parameter names stay with the base."""
+    return {key: value for key, value in group.items() if key not in ("param_names", "initial_lr")}
+
+
+def _as_lists(vectors: Any) -> Any:
+    return [_as_lists(v) for v in vectors] if isinstance(vectors, tuple) else vectors
+
+
+def _as_tuples(vectors: Any) -> Any:
+    return tuple(_as_tuples(v) for v in vectors) if isinstance(vectors, list) else vectors

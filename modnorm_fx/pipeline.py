@@ -1,0 +1,160 @@
+"""``convert``: a model in, its modular norm out. The one place that calls the passes, in order.
+
+Each stage's result is a value that can be printed (``ModularNorm.explain``). An error raised inside a pass carries the pass's name.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from . import explain
+from .aten_rules import ATEN
+from .capture import Captured, capture
+from .conventions import Convention, convention as convention_of
+from .errors import InternalError, ModnormError
+from .norm import ModularNorm
+from .passes.assign_mass import TOTALS, assign_mass
+from .passes.bind_weights import bind_weights
+from .passes.feature_axes import feature_axes
+from .passes.find_stacks import find_stacks
+from .passes.flow import classify_flow
+from .passes.fold_tree import fold_tree
+from .passes.fuse_pointwise import fuse_pointwise
+from .passes.propagate_scales import propagate_scales
+from .passes.propagate_sensitivity import Sensitivities, propagate_sensitivity
+from .passes.recognize_attention import recognize_attention
+from .passes.recognize_norms import recognize_norms
+from .passes.recognize_rotary import recognize_rotary
+from .passes.split_packed import split_packed
+from .passes.type_atoms import type_atoms
+from .rules import RuleTable
+
+__all__ = ["convert"]
+
+Result = TypeVar("Result")
+#: agreement asked of the tree's recursion and the reverse sweep; both are a few hundred float64 products
+AGREEMENT = 1e-6
+
+
+def convert(
+    model: nn.Module,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    convention: str | Convention = "tracked",
+    unknown: str = "sample",
+    masses: Mapping[str, float] | None = None,
+    rules: RuleTable = ATEN,
+) -> ModularNorm:
+    """Infers the modular norm of a model from its dataflow. The model is not touched and no weight is read.
+
+    Args:
+        model: any nn.Module; real, meta and fake tensors are all fine.
+        args, kwargs: example inputs as ``model(*args, **kwargs)`` takes them; they may be left out for Hugging Face and timm models.
+        convention: ``"tracked"`` for existing models, ``"paper"`` for nets written the paper's way (see ``conventions``).
+        unknown: what to do with an op without a rule: ``"sample"`` estimates it by running it on random inputs and marks it in every
+            printout, ``"error"`` refuses.
+        masses: total mass of ``"stem"``, ``"stacks"``, ``"head"`` (1 each by default), the share of ``"vectors"`` relative to a matrix
+            (0.1), and of any module path or parameter (as ``ModularNorm.tare``, applied in the order given).
+        rules: the table of op rules; ``ATEN.extended()`` to add one's own.
+
+    Returns:
+        A ModularNorm bound to ``model``. Parameters that reach no output are named in a warning and in ``.unused``.
+
+    Raises:
+        CaptureError: the model does not run on its inputs, or cannot be traced, or returns no floating-point output.
+        UnknownOpError, WeightError: an op has no rule or a weight no atom (all are named at once).
+        MassError: ``masses`` names nothing or is not a finite number >= 0.
+    """
+    chosen = convention_of(convention)
+    if unknown not in ("sample", "error"):
+        raise ModnormError(f"unknown={unknown!r} is not a choice.", do="Pass 'sample' or 'error'.")
+    stages: dict[str, Callable[[], str]] = {}
+    seconds: dict[str, float] = {}
+
+    def run(name: str, function: Callable[..., Result], *inputs: Any, **options: Any) -> Result:
+        start = time.perf_counter()
+        try:
+            return function(*inputs, **options)
+        except ModnormError as error:
+            error.add_note(f"(while converting {type(model).__name__}, in {name})")
+            raise
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    captured: Captured = run("capture", capture, model, args, dict(kwargs) if kwargs is not None else None)
+    module, inputs = captured.graph_module, captured.inputs
+    stages["capture"] = explain.graph(captured)  # the text is made now, later passes rewrite the graph
+    found = {"norms": run("recognize_norms", recognize_norms, module)}
+    flow = run("flow", classify_flow, module, inputs, rules=rules)
+    found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)
+    flow = run("flow", classify_flow, module, inputs, rules=rules)
+    found["attention"] = run("recognize_attention", recognize_attention, module, flow)
+    found["pointwise"] = run("fuse_pointwise", fuse_pointwise, module, flow, rules=rules)
+    flow = run("flow", classify_flow, module, inputs, rules=rules)
+    found["packed"] = run("split_packed", split_packed, module, flow, rules=rules)
+    module.graph.lint()
+    module.recompile()
+    flow = run("flow", classify_flow, module, inputs, rules=rules)
+    stages["canonical"] = lambda: explain.canonical(module, found)
+    uses = run("bind_weights", bind_weights, module, inputs, flow, rules=rules)
+    axes = run("feature_axes", feature_axes, module, flow, rules=rules)
+    weights = run("type_atoms", type_atoms, module, uses, flow, axes, captured.shapes, rules=rules, unknown=unknown)
+    stages["atoms"] = lambda: explain.atoms(weights)
+    scales = run("propagate_scales", propagate_scales, module, flow, weights, axes, rules=rules, convention=chosen, unknown=unknown)
+    stages["scales"] = lambda: explain.scales(module, scales)
+    sensitivities = run("propagate_sensitivity", propagate_sensitivity, module, flow, weights, scales, convention=chosen)
+    stages["sensitivities"] = lambda: explain.sensitivities(module, sensitivities)
+    weights = tuple(w for w in weights if any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses))))
+    places = run("find_stacks", find_stacks, module.graph, weights, captured.modules)
+    named = {k: v for k, v in (masses or {}).items() if k in TOTALS or k == "vectors"}
+    shares = run("assign_mass", assign_mass, weights, places, named)
+    stages["mass"] = lambda: explain.mass(weights, places, shares)
+    tree = run("fold_tree", fold_tree, module, flow, weights, scales, sensitivities, shares)
+    stages["timing"] = lambda: explain.timing(seconds)
+    used = {w.parameter for w in weights}
+    norm = ModularNorm(
+        tree=tree,
+        convention=chosen,
+        shapes=dict(captured.shapes),
+        slices={w.key: (w.parameter, w.slices) for w in weights},
+        aliases=dict(captured.aliases),
+        unused=tuple(name for name in captured.shapes if name not in used),
+        stages=stages,
+    ).bind(model)
+    run("agreement", _agree, norm, sensitivities)
+    stages["tree"] = lambda: str(norm)
+    for path, mass in (masses or {}).items():
+        if path not in named:
+            norm = norm.tare(path, mass)
+    if norm.unused:
+        warnings.warn(_unused(norm.unused), stacklevel=2)
+    return norm
+
+
+def _agree(norm: ModularNorm, sensitivities: Sensitivities) -> None:
+    """The recursion on the tree and the sweep over the graph are separate code and must give the same gains."""
+    gains: dict[str, float] = {}
+    for (key, _), gain in sensitivities.gains.items():
+        gains[key] = gains.get(key, 0.0) + gain
+    for leaf in norm.leaves:
+        gain = leaf.sensitivity * leaf.scale
+        if not math.isclose(gain, gains[leaf.key], rel_tol=AGREEMENT):
+            raise InternalError(
+                f"The tree gives {leaf.key!r} a gain of {gain:.6g} and the graph {gains[leaf.key]:.6g}.",
+                do="This is a defect of modnorm_fx: please report it with the model.",
+            )
+
+
+def _unused(names: tuple[str, ...], most: int = 8) -> str:
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return (
+        f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no output of the model on these inputs and get no norm: {shown}. "
+        "If they should train, pass args/kwargs that use them."
+    )

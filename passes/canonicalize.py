@@ -1,0 +1,48 @@
+"""Shared by the passes that recognise idioms: walking a graph back from a node, in the vocabulary of ATen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.alias.default})
+
+
+def is_call(node: object, *targets: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def strip(node: object, *through: object) -> object:
+    """Follows ``node`` back through casts and the given one-input ops."""
+    while is_call(node, *CASTS, *through):
+        node = node.args[0]  # type: ignore[union-attr]
+    return node
+
+
+def cone(output: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Everything ``output`` is computed from, down to the nodes where ``stop`` holds: (inside, frontier), in graph order."""
+    inside: set[fx.Node] = set()
+    frontier: set[fx.Node] = set()
+    todo = [output]
+    while todo:
+        node = todo.pop()
+        if node in inside or node in frontier:
+            continue
+        if node is not output and stop(node):
+            frontier.add(node)
+            continue
+        inside.add(node)
+        todo.extend(node.all_input_nodes)
+    return sorted(inside), sorted(frontier)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(int(n) for n in node.meta["val"].shape)
+
+
+def number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

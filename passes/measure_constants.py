@@ -1,0 +1,64 @@
+"""Pass: root mean square of constants that the graph itself computes (from ``arange``, ``full``, numbers).
+
+Buffers and inputs are not read, so that a model on the meta device gives the same norm as one with weights. Entries that act as
+masks (-inf, or the most negative float) are left out: they select, they do not shift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .flow import Flow, is_float
+
+#: beyond this many entries a constant is not evaluated
+LARGEST = 10_000_000
+#: entries below this are masks
+MASK = -1e4
+
+
+def measure_constants(module: fx.GraphModule, flow: Flow) -> dict[fx.Node, float]:
+    """RMS per exogenous float node that a signal reads and that depends on nothing but the graph."""
+    known: set[fx.Node] = set()
+    wanted: list[fx.Node] = []
+    for node in module.graph.nodes:
+        if node.op == "call_function" and flow.exogenous(node) and all(s in known for s in node.all_input_nodes):
+            known.add(node)
+            if is_float(node) and any(flow.signal(u) for u in node.users):
+                wanted.append(node)
+    values: dict[fx.Node, object] = {}
+    out: dict[fx.Node, float] = {}
+    for node in wanted:
+        value = _evaluate(node, values)
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            kept = value.double()[value > MASK]
+            out[node] = float(kept.square().mean().sqrt()) if kept.numel() else 0.0
+    return out
+
+
+def _evaluate(node: fx.Node, values: dict[fx.Node, object]) -> object | None:
+    todo = [node]
+    while todo:
+        top = todo[-1]
+        if top in values:
+            todo.pop()
+            continue
+        missing = [s for s in top.all_input_nodes if s not in values]
+        if missing:
+            todo.extend(missing)
+            continue
+        values[top] = _run(top, values)
+        todo.pop()
+    return values[node]
+
+
+def _run(node: fx.Node, values: dict[fx.Node, object]) -> object | None:
+    if any(values[s] is None for s in node.all_input_nodes):
+        return None
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and value.numel() > LARGEST:
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    kwargs = {k: (torch.device("cpu") if isinstance(v, torch.device) else v) for k, v in kwargs.items()}
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]

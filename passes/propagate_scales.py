@@ -1,0 +1,157 @@
+"""Pass: the scale of every signal, forward, and with it each op's local sensitivities.
+
+Assumes typed weights. Promises, for every signal node, its expected RMS and, for each of its signal or weight operands, the change
+of the node per change of the operand. Under ``paper`` every scale is 1. Weights count as norm 1 by declaration, biases and logit
+biases as 0 (they start there), tables at the scale of what they are added to or joined with; an embedding that is tied to a head is
+declared at 1/√d, which is its row norm when the head has norm 1 (and all embeddings of its width with it: a larger one would drown
+it). An op without a rule is sampled or refused; all refusals are raised together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from modnorm_fx.atoms import Atom, Bias, Embedding, LogitBias, Table
+from modnorm_fx.capture import where
+from modnorm_fx.conventions import Convention
+from modnorm_fx.errors import UnknownOpError
+from modnorm_fx.rules import Call, Local, Operand, RuleTable, arguments, operands
+
+from .canonicalize import aten
+from .flow import Flow, is_float
+from .measure_constants import measure_constants
+from .sample import SamplingError, sample
+from .type_atoms import Weight
+
+#: ops whose output rows are averages, and what keeps them so
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Facts of the forward sweep.
+
+    Attributes:
+        scale: signal node -> expected RMS of its features.
+        local: signal node -> (operand, operand node) -> sensitivity.
+        status: signal node -> status of its rule (``sampled`` where there was none).
+        initial: (weight key, use index) -> the norm the weight is declared to have at that use.
+    """
+
+    scale: dict[fx.Node, float] = field(default_factory=dict)
+    local: dict[fx.Node, dict[Operand, float]] = field(default_factory=dict)
+    status: dict[fx.Node, str] = field(default_factory=dict)
+    initial: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
+def propagate_scales(
+    module: fx.GraphModule,
+    flow: Flow,
+    weights: Sequence[Weight],
+    axes: Mapping[fx.Node, frozenset[int]],
+    *,
+    rules: RuleTable,
+    convention: Convention,
+    unknown: str,
+) -> Scales:
+    """The forward sweep. Raises UnknownOpError naming every op that has no rule and may not, or cannot, be sampled."""
+    facts = Scales()
+    atoms: dict[tuple[fx.Node, Operand], tuple[str, int, Atom]] = {
+        (node, operand): (w.key, i, atom) for w in weights for i, (node, operand, atom) in enumerate(w.uses)
+    }
+    sampled_weights = {node for w in weights if w.sampled for node, _, _ in w.uses}
+    tied = _tied_widths(weights)
+    constants = measure_constants(module, flow)
+    averages: set[fx.Node] = set()
+    failures: list[str] = []
+    for node in module.graph.nodes:
+        if not flow.signal(node):
+            continue
+        if node.op == "placeholder":
+            facts.scale[node], facts.local[node], facts.status[node] = 1.0, {}, "declared"
+            continue
+        key, args = arguments(node, module)
+        wanted = [(op, n) for op, n in operands(args) if is_float(n) and (flow.signal(n) or flow.weight(n))]
+        scales = _operand_scales(node, operands(args), facts, atoms, tied, constants, convention, flow)
+        call = Call(node, args, scales, axes, convention, frozenset(op[0] for op, n in wanted if flow.weight(n)), frozenset(averages & set(node.all_input_nodes)))
+        if getattr(node.target, "__name__", "") == "getitem":
+            local, status = Local(call.scale("arg0"), {"arg0": 1.0}), "exact"
+        elif key in rules and node not in sampled_weights:
+            local, status = rules[key].function(call), rules[key].status
+        elif unknown == "error":
+            failures.append(_unknown(node))
+            local, status = Local(1.0, {}), "sampled"
+        else:
+            try:
+                local, status = sample(module, call, [op for op, _ in wanted]), "sampled"
+            except SamplingError as error:
+                failures.append(f"{_unknown(node)}; sampling failed: {error}")
+                local, status = Local(1.0, {}), "sampled"
+        found = {op: local.of(op) for op, _ in wanted}
+        missing = [op for op, value in found.items() if value is None]
+        if missing and status != "sampled":
+            failures.append(f"{_unknown(node)}: its rule says nothing of operand {', '.join(str(op[0]) for op in missing)}")
+        facts.local[node] = {op: value or 0.0 for op, value in found.items()}
+        facts.scale[node] = local.scale if convention.tracks_scales else 1.0
+        facts.status[node] = status
+        if key in SOFTMAX or (key in rules and (rules[key].view or key in AVERAGE_KEEPERS) and any(s in averages for s in node.all_input_nodes)):
+            averages.add(node)
+    if failures:
+        raise UnknownOpError(
+            f"{len(failures)} operation{'s have' if len(failures) > 1 else ' has'} no rule:" + "".join(f"\n    {line}" for line in sorted(set(failures))),
+            why="the sensitivity of the output to what lies before such an operation would be a guess",
+            do="Add a rule (see CONTRIBUTING.md)" + (", or pass unknown='sample' to estimate it by running the op." if unknown == "error" else "."),
+        )
+    return facts
+
+
+AVERAGE_KEEPERS = frozenset({aten.clone.default, aten.dropout.default, aten._to_copy.default, aten.masked_fill.Scalar, aten.where.self})
+
+
+def _operand_scales(node, found, facts, atoms, tied, constants, convention, flow) -> dict[fx.Node, float]:
+    """Scale of each float operand of ``node``; the declared norms of its weights are recorded."""
+    found = [(op, n) for op, n in found if is_float(n)]
+    scales: dict[fx.Node, float] = {n: facts.scale[n] for _, n in found if n in facts.scale}
+    others = [scales[n] for _, n in found if n in scales]
+    for op, n in found:
+        if flow.exogenous(n):
+            scales[n] = constants.get(n, _unmeasured(node)) if convention.tracks_scales else 1.0
+        elif flow.weight(n):
+            key, index, atom = atoms[node, op]
+            initial = _declared(atom, tied.get(key), others, convention)
+            facts.initial[key, index] = initial
+            scales[n] = initial if convention.tracks_scales else 1.0
+    return scales
+
+
+def _declared(atom: Atom, width: float | None, others: list[float], convention: Convention) -> float:
+    if isinstance(atom, Bias | LogitBias):
+        return 0.0
+    if isinstance(atom, Table):
+        return max(others, default=1.0)
+    if isinstance(atom, Embedding) and width:
+        return width
+    return 1.0
+
+
+def _unmeasured(node: fx.Node) -> float:
+    """Scale of an exogenous operand whose value is not in the graph: nothing when added (a mask), 1 as a factor."""
+    return 0.0 if node.target in (aten.add.Tensor, aten.sub.Tensor) else 1.0
+
+
+def _tied_widths(weights: Sequence[Weight]) -> dict[str, float]:
+    """Embeddings to be declared at 1/√d, by key: those tied to a head, and others of the same width."""
+    widths = {w.shape[-1] for w in weights if {type(atom).__name__ for _, _, atom in w.uses} >= {"Embedding", "Linear"}}
+    return {
+        w.key: w.shape[-1] ** -0.5
+        for w in weights
+        if len(w.shape) == 2 and w.shape[-1] in widths and any(isinstance(atom, Embedding) for _, _, atom in w.uses)
+    }
+
+
+def _unknown(node: fx.Node) -> str:
+    place = where(node)
+    return f"{node.target}" + (f" at {place}" if place else "")

@@ -1,0 +1,156 @@
+"""Pass (rewrite): norm layers written out by hand become one call.
+
+``x * rsqrt(mean(x²) + ε)``, ``x / sqrt(mean(x²) + ε)``, ``x / ‖x‖`` become ``rms_norm``; ``(x - mean) / sqrt(var + ε)`` becomes
+``layer_norm``; ``x - mean(x)`` becomes ``mean_subtract``. Axes and epsilons may stand anywhere; casts are looked through.
+
+Assumes a functional ATen graph. Promises the same outputs (the region runs the ops it was cut from). Without it the product rule
+counts x twice, see theory of local rules.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from modnorm_fx.regions import extract
+
+from .canonicalize import aten, is_call, number, shape, strip
+
+ROOTS = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.default: -1.0}
+KEEPS = (aten.clamp_min.default, aten.clamp.default, aten.expand.default, aten.maximum.default)
+MEANS = (aten.mean.dim, aten.sum.dim_IntList)
+NORMS = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+VARIANCES = (aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim)
+
+
+def recognize_norms(module: fx.GraphModule) -> int:
+    """Rewrites ``module`` in place and returns how many norm layers were found."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if is_call(node, aten.sub.Tensor):
+            count += _mean_subtract(module, node)
+    for node in list(module.graph.nodes):
+        if is_call(node, aten.mul.Tensor, aten.div.Tensor):
+            count += _divide_by_rms(module, node)
+    return count
+
+
+def _mean_subtract(module: fx.GraphModule, node: fx.Node) -> bool:
+    x, m = node.args[:2]
+    mean = strip(m, aten.expand.default)
+    if not is_call(mean, aten.mean.dim) or strip(mean.args[0]) is not strip(x) or node.kwargs.get("alpha", 1) != 1:
+        return False
+    inside = _between(node, x)
+    extract(module, "mean_subtract", inside, node, {"input": x}, {"axes": _axes(mean)})
+    return True
+
+
+def _divide_by_rms(module: fx.GraphModule, node: fx.Node) -> bool:
+    """``node`` is a product or quotient of x with something computed from a statistic of x."""
+    left, right = node.args[:2]
+    pairs = [(left, right)] if is_call(node, aten.div.Tensor) else [(left, right), (right, left)]
+    wanted = 1.0 if is_call(node, aten.div.Tensor) else -1.0
+    for x, factor in pairs:
+        found = _statistic(factor)
+        if found is None or not isinstance(x, fx.Node):
+            continue
+        statistic, exponent, over = found
+        centred = _centred_input(module, x)
+        if over is not strip(x) and over is not centred:
+            continue
+        power = exponent * (1 if _is_root(statistic) else 2)  # of the root mean square
+        if not math.isclose(power, wanted):
+            continue
+        start = _entry(x, over, centred)
+        scale = _output_scale(statistic, shape(x))
+        extract(module, "layer_norm" if centred is over else "rms_norm", _between(node, start), node, {"input": start},
+                {"axes": _axes(statistic), "scale": scale})  # fmt: skip
+        return True
+    return False
+
+
+def _statistic(node: object) -> tuple[fx.Node, float, object] | None:
+    """Walks a factor back to a mean square, variance or norm: (that node, exponent of it, what it is taken of)."""
+    exponent = 1.0
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        node = strip(node)
+        if is_call(node, *MEANS):
+            squared = strip(node.args[0])
+            base = _squared(squared)
+            return None if base is None else (node, exponent, strip(base))
+        if is_call(node, *NORMS, *VARIANCES):
+            if is_call(node, *NORMS) and node.args[1:2] not in ((), (2,), (2.0,)):
+                return None
+            return node, exponent, strip(node.args[0])
+        if node.target in ROOTS:
+            exponent *= ROOTS[node.target]
+        elif is_call(node, aten.pow.Tensor_Scalar):
+            exponent *= float(node.args[1])
+        elif is_call(node, *KEEPS):
+            pass
+        elif is_call(node, aten.add.Tensor, aten.add.Scalar, aten.mul.Tensor, aten.mul.Scalar) and number(node.args[1]):
+            pass  # an epsilon, or a constant factor such as 1/√n
+        else:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _squared(node: object) -> object | None:
+    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
+        return node.args[0]
+    if is_call(node, aten.square.default):
+        return node.args[0]
+    if is_call(node, aten.mul.Tensor) and node.args[0] is node.args[1]:
+        return node.args[0]
+    return None
+
+
+def _centred_input(module: fx.GraphModule, x: object) -> object | None:
+    """If x is ``y - mean(y)``, y (stripped); the variance of y is then the mean square of x."""
+    x = strip(x)
+    if isinstance(x, fx.Node) and x.op == "call_module" and module.get_submodule(str(x.target)).kind == "mean_subtract":
+        return strip(x.args[0])
+    return None
+
+
+def _entry(x: fx.Node, over: object, centred: object | None) -> fx.Node:
+    """The node the region starts from: what both the signal and its statistic are computed from."""
+    return over if isinstance(over, fx.Node) else x
+
+
+def _is_root(node: fx.Node) -> bool:
+    return is_call(node, *NORMS, aten.std.correction, aten.std.dim)
+
+
+def _axes(node: fx.Node) -> list[int]:
+    for value in node.args[1:]:
+        if isinstance(value, list | tuple):
+            return [int(a) for a in value]
+    return [int(a) for a in node.kwargs.get("dim") or []]
+
+
+def _output_scale(statistic: fx.Node, x: tuple[int, ...]) -> float:
+    """RMS of the result: 1 after division by a root *mean* square, 1/√n after division by a norm over n entries."""
+    if is_call(statistic, aten.sum.dim_IntList, *NORMS):
+        axes = _axes(statistic)
+        return 1 / math.sqrt(math.prod(x[a] for a in axes) if axes else math.prod(x))
+    return 1.0
+
+
+def _between(output: fx.Node, start: fx.Node) -> list[fx.Node]:
+    """Nodes on paths from ``start`` to ``output``, output included (everything else they read is a number)."""
+    inside: dict[fx.Node, bool] = {start: True}
+
+    def reaches(node: fx.Node) -> bool:
+        if node not in inside:
+            inside[node] = False
+            if node > start:
+                inside[node] = any([reaches(source) for source in node.all_input_nodes])
+        return inside[node]
+
+    reaches(output)
+    return [node for node, yes in inside.items() if yes and node is not start]
+
+

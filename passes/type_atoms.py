@@ -1,0 +1,141 @@
+"""Pass: which atom each weight is, from the op that consumes it (never from its name or shape alone).
+
+Assumes bindings and feature axes. Promises one :class:`Weight` per parameter slice, with all its uses; slices of one parameter are
+disjoint. Failures are collected and raised together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from modnorm_fx import weight_atoms
+from modnorm_fx.atoms import Atom, Scalar, Slice
+from modnorm_fx.capture import where
+from modnorm_fx.errors import WeightError
+from modnorm_fx.rules import Operand, RuleTable, arguments
+from modnorm_fx.weight_atoms import Site
+
+from .bind_weights import WeightUse, resolve
+from .canonicalize import CASTS, aten
+from .flow import Flow
+
+#: what logits pass through on the way to the softmax
+TO_SOFTMAX = CASTS | {
+    aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther,
+    aten.where.ScalarSelf, aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.tanh.default, aten.constant_pad_nd.default,
+}  # fmt: skip
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One slice of one parameter: its atom at each use.
+
+    Attributes:
+        key: qualified name with the slices in Python notation.
+        parameter, slices, shape: what it is a part of, and its own shape.
+        uses: (node, operand, atom) in graph order.
+        sampled: whether a use has no rule, so that its atom is only ``Scalar`` and its gain an estimate.
+    """
+
+    key: str
+    parameter: str
+    slices: tuple[Slice, ...]
+    shape: tuple[int, ...]
+    uses: tuple[tuple[fx.Node, Operand, Atom], ...]
+    sampled: bool = False
+
+
+def type_atoms(
+    module: fx.GraphModule,
+    uses: tuple[WeightUse, ...],
+    flow: Flow,
+    axes: dict[fx.Node, frozenset[int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rules: RuleTable,
+    unknown: str,
+) -> tuple[Weight, ...]:
+    """The weights in order of first use. Raises WeightError naming every parameter that no atom describes."""
+    weights: dict[tuple[str, tuple[Slice, ...]], Weight] = {}
+    failures: list[str] = []
+    for use in (resolve(u) for u in uses):
+        key, args = arguments(use.node, module)
+        rule = rules.get(key)
+        site = Site(use.node, args, use.shape, use.view, use.through, axes.get(use.node, frozenset()), _feeds_softmax(use.node))
+        sampled = False
+        try:
+            if rule is None:
+                raise WeightError(f"there is no rule for {use.node.target}")
+            atom = rule.weights.get(use.operand[0], weight_atoms.source)(site)
+        except WeightError as error:
+            sampled = unknown == "sample"
+            atom = Scalar(use.shape)
+            if not sampled:
+                place = where(use.node)
+                failures.append(f"{use.parameter}: {error.what}" + (f" at {place}" if place else "") + (f" ({error.why})" if error.why else ""))
+        identity = (use.parameter, use.slices)
+        known = weights.get(identity)
+        if known is None:
+            known = Weight(_name(use, shapes[use.parameter]), use.parameter, use.slices, use.shape, ())
+        weights[identity] = replace(known, uses=known.uses + ((use.node, use.operand, atom),), sampled=known.sampled or sampled)
+    failures += _overlaps(weights)
+    if failures:
+        raise WeightError(
+            "No atom describes the use of " + ("this parameter:" if len(failures) == 1 else f"these {len(failures)} parameters:")
+            + "".join(f"\n    {line}" for line in failures),
+            do="Pass unknown='sample' to estimate their effect, or add a rule (see CONTRIBUTING.md).",
+        )  # fmt: skip
+    return tuple(weights.values())
+
+
+def _name(use: WeightUse, shape: tuple[int, ...]) -> str:
+    """The parameter's name with its slices in Python notation."""
+    text, sizes = use.parameter, list(shape)
+    for part in use.slices:
+        text += part.text(sizes[part.axis])
+        sizes[part.axis] = sizes[part.axis] // part.period * (part.stop - part.start)
+    return text
+
+
+def _feeds_softmax(node: fx.Node, depth: int = 12) -> bool:
+    """Whether the value ends in attention weights: a softmax reached through sums, masks and views, or an attention mask."""
+    if node.target in SOFTMAX:
+        return True
+    if depth == 0 or node.target not in TO_SOFTMAX:
+        return False
+    for user in node.users:
+        if user.target is aten.scaled_dot_product_attention.default and (node in user.args[3:4] or user.kwargs.get("attn_mask") is node):
+            return True
+        if _feeds_softmax(user, depth - 1):
+            return True
+    return False
+
+
+def _overlaps(weights: dict[tuple[str, tuple[Slice, ...]], Weight]) -> list[str]:
+    """Parameters used both whole and in slices, or in overlapping slices of different axes."""
+    by_parameter: dict[str, list[Weight]] = {}
+    for weight in weights.values():
+        by_parameter.setdefault(weight.parameter, []).append(weight)
+    lines = []
+    for name, parts in by_parameter.items():
+        for i, a in enumerate(parts):
+            for b in parts[i + 1 :]:
+                if not _disjoint(a.slices, b.slices):
+                    lines.append(f"{name}: used as {a.key} and as {b.key}, which overlap")
+    return lines
+
+
+def _disjoint(a: tuple[Slice, ...], b: tuple[Slice, ...]) -> bool:
+    for x, y in zip(a, b, strict=False):
+        if (x.axis, x.period) != (y.axis, y.period):
+            return False
+        if x.stop <= y.start or y.stop <= x.start:
+            return True
+        if (x.start, x.stop) != (y.start, y.stop):
+            return False
+    return False
