@@ -93,10 +93,11 @@ def _arguments(timm: Any, name: str, wanted: dict[str, int]) -> dict[str, Any]:
 
 def _heads(default: nn.Module, width: int) -> dict[str, int]:
     """The fewest heads, none larger than by default, that split the width evenly; none for staged models."""
-    heads = {module.num_heads for module in default.modules() if isinstance(getattr(module, "num_heads", None), int)}
-    if len(heads) != 1:
+    heads = {count for module in default.modules() if isinstance(count := getattr(module, "num_heads", None), int)}
+    default_width = getattr(default, "embed_dim", None)
+    if len(heads) != 1 or not isinstance(default_width, int):
         return {}
-    size = max(1, int(default.embed_dim) // heads.pop())
+    size = max(1, default_width // heads.pop())
     return {"num_heads": next(count for count in range(-(-width // size), width + 1) if width % count == 0)}
 
 

@@ -1,18 +1,26 @@
 """Copies of a model to trace: the user's own model is never run, changed or handed to a tracer.
 
-A *fake* copy has no values: every parameter and buffer is a FakeTensor on the CPU, whatever device the original lives on (plain
-`meta` changes some models' branches), so that a 70B model costs a few megabytes. A *real* copy has values, drawn at random where
-the original has none. Both keep identities: what is one tensor in the original is one tensor in the copy.
+A *fake* copy has no values: every parameter and buffer is a FakeTensor on the CPU, whatever device the original lives
+on (plain `meta` changes some models' branches), so that a 70B model costs a few megabytes. A *real* copy has values,
+made up where the original has none. Both keep identities: one tensor in the original is one tensor in the copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import io
+import logging
 import random
 import sys
+import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,36 +38,47 @@ from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 
-__all__ = ["MAX_REAL_BYTES", "dry_run", "fake_copy", "fake_inputs", "fake_tensors", "real_bytes", "real_copy", "real_inputs", "undisturbed"]
+__all__ = [
+    "LIBRARIES",
+    "MAX_REAL_BYTES",
+    "check_runs",
+    "dry_run",
+    "fake_copy",
+    "fake_inputs",
+    "real_bytes",
+    "real_copy",
+    "real_inputs",
+    "short",
+    "unchanged",
+    "undisturbed",
+]
 
+#: models above this size get no real copy: a laptop has about four times as much memory, and not for this alone
 MAX_REAL_BYTES = 4 << 30
-"""Models above this size are not given a real copy: a laptop has about four times as much memory, and others use it too."""
-
-NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
-"""Errors of fake tensors that say nothing against the model that was run on them."""
-
+#: standard deviation of made-up weights; most libraries initialise with it
 WEIGHT_STD = 0.02
-"""Standard deviation of made-up weights in a real copy of a model without values (what most model libraries initialise with)."""
+#: where frames are not the user's
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
+#: errors of fake tensors that say nothing against the model that was run on them
+NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 
 
 def fake_copy(model: nn.Module, *, training: bool = False) -> tuple[nn.Module, FakeTensorMode]:
     """A copy of `model` without values, in the given mode, and the FakeTensorMode that its tensors belong to."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def plain(tensor: Tensor) -> Tensor:
-        return _fake(tensor, mode) if _has_no_values(tensor) else tensor.detach().cpu().clone()
-
-    return _copy(model, lambda tensor: _fake(tensor, mode), plain, training), mode
+    return _copy(model, lambda tensor: _fake(tensor, mode), training), mode
 
 
 def real_copy(model: nn.Module, *, training: bool = False) -> nn.Module:
     """A copy of `model` on the CPU with its values; those that it has not (meta, fake) are made up."""
     generator = torch.Generator().manual_seed(0)
-
-    def real(tensor: Tensor) -> Tensor:
-        return _made_up(tensor, generator) if _has_no_values(tensor) else tensor.detach().cpu().clone()
-
-    return _copy(model, real, real, training)
+    return _copy(model, lambda tensor: _real(tensor, generator), training)
 
 
 def real_bytes(model: nn.Module) -> int:
@@ -88,6 +107,30 @@ def dry_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     return getattr(real_copy(model), method)(*real_args, **real_kwargs)
 
 
+def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises a CaptureError with the model's own error and line, if the model does not run on these inputs."""
+    try:
+        dry_run(model, args, kwargs)
+        return
+    except CaptureError:
+        raise
+    except Exception as error:
+        failure = error
+    frames = [f for f in traceback.extract_tb(failure.__traceback__) if not f.filename.startswith(LIBRARIES)]
+    raise CaptureError(
+        f"{type(model).__name__} does not run on these inputs.",
+        where=f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None,
+        why=short(failure),
+        do="pass the args and kwargs with which model(*args, **kwargs) runs",
+    ) from failure
+
+
+def short(error: BaseException, limit: int = 300) -> str:
+    """Type and beginning of an error, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + ' ...'}"
+
+
 def fake_inputs(inputs: Any, mode: FakeTensorMode) -> Any:
     """`inputs` on the CPU; tensors without values become fake ones of `mode`."""
     return pytree.tree_map_only(Tensor, lambda t: _fake(t, mode) if _has_no_values(t) else t.detach().cpu(), inputs)
@@ -100,27 +143,30 @@ def real_inputs(inputs: Any) -> Any:
     def real(tensor: Tensor) -> Tensor:
         if not _has_no_values(tensor):
             return tensor.detach().cpu().clone()
-        if tensor.is_floating_point() or tensor.is_complex():
-            return torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator)
+        if tensor.is_floating_point():
+            return torch.empty(tensor.shape, dtype=tensor.dtype).normal_(generator=generator)
         return torch.full(tensor.shape, tensor.dtype is torch.bool, dtype=tensor.dtype)
 
     return pytree.tree_map_only(Tensor, real, inputs)
 
 
-def fake_tensors(model: nn.Module) -> dict[int, str]:
-    """Every fake tensor that hangs on the modules of `model`, by identity, with the attribute that holds it."""
-    found = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, FakeTensor):
-                    found[id(leaf)] = f"{path}.{name}" if path else name
-    return found
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts the attributes of every module back at the end: a hook of a copy may still refer to the original."""
+    places: list[Any] = [vars(module) for module in model.modules()]
+    places += [v for place in places for v in place.values() if type(v) in (dict, OrderedDict, list, set)]
+    before = [place.copy() for place in places]
+    try:
+        yield
+    finally:
+        for place, content in zip(places, before, strict=True):
+            place.clear()
+            (place.extend if isinstance(place, list) else place.update)(content)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No gradients, no inference mode, tensors on the CPU, silence; every random state is put back at the end."""
+    """No gradients, no inference mode, tensors on the CPU, silence; puts random states and caches back at the end."""
     with ExitStack() as stack:
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -129,19 +175,44 @@ def undisturbed() -> Iterator[None]:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
+        stack.enter_context(redirect_stderr(io.StringIO()))  # export prints the graph of every failed attempt
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.ERROR)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.callback(_forget_fake_tensors)
         yield
 
 
-class _PlainTensors(TorchFunctionMode):
-    """Copies tensors that are neither parameters nor buffers: a cache that carries a gradient would refuse deepcopy."""
+def _forget_fake_tensors() -> None:
+    """Empties every functools cache that holds a fake tensor: a copy shares caches of functions with the original."""
+    for cache in gc.get_referrers(_FunctionCache):
+        if isinstance(cache, _FunctionCache) and _holds_fake_tensor(cache):
+            cache.cache_clear()
 
-    def __init__(self, convert: Callable[[Tensor], Tensor]):
+
+def _holds_fake_tensor(value: Any, depth: int = 4) -> bool:
+    """Looks through containers; four levels are those of a tuple of tensors in a cache: cache, dict, link, tuple."""
+    if isinstance(value, FakeTensor):
+        return True
+    inside = isinstance(value, _FunctionCache | dict | list | tuple) or type(value).__name__ == "_lru_list_elem"
+    return depth > 0 and inside and any(_holds_fake_tensor(other, depth - 1) for other in gc.get_referents(value))
+
+
+_FunctionCache = type(lru_cache(lambda: None))
+
+
+class _PlainTensors(TorchFunctionMode):
+    """Copies tensors that are neither parameters nor buffers, with values: tracing makes constants of them.
+
+    Without it a cache that carries a gradient refuses deepcopy.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.convert = convert
+        self.generator = torch.Generator().manual_seed(0)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is not Tensor.__deepcopy__:
@@ -149,11 +220,11 @@ class _PlainTensors(TorchFunctionMode):
         tensor, memo = args
         if id(tensor) not in memo:
             with torch._C.DisableTorchFunction():
-                memo[id(tensor)] = self.convert(tensor)
+                memo[id(tensor)] = _real(tensor, self.generator)
         return memo[id(tensor)]
 
 
-def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], training: bool) -> nn.Module:
+def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], training: bool) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         if nn.parameter.is_lazy(parameter):
@@ -165,7 +236,7 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], plain: Callable
         memo[id(parameter)] = nn.Parameter(convert(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = convert(buffer)
-    with _PlainTensors(plain):
+    with _PlainTensors():
         try:
             result = copy.deepcopy(model, memo)
         except Exception as error:
@@ -173,7 +244,7 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], plain: Callable
                 "The model cannot be copied, and only a copy of it may be traced.",
                 where=_uncopyable(model, memo),
                 why=f"{type(error).__name__}: {error}",
-                do="remove that attribute or give its class a __deepcopy__; for a wrapped model (DistributedDataParallel) convert model.module",
+                do="remove it, or give its class a __deepcopy__; of a wrapper (DistributedDataParallel) use .module",
             ) from error
     result.train()  # a change of mode is what empties the caches of evaluation that some models keep
     result.train(training)
@@ -183,7 +254,7 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], plain: Callable
 
 
 def _without_extras(module: nn.Module) -> None:
-    """Switches off what has no place in the graph: key-value caches, checkpointing, attention kernels without a CPU version."""
+    """Switches off what has no place in a graph: key-value caches, checkpointing, attention kernels that need a GPU."""
     if getattr(module, "gradient_checkpointing", False) is True:
         module.gradient_checkpointing = False
     configs, seen = [getattr(module, "config", None)], set()
@@ -223,10 +294,12 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
-def _made_up(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Values for a tensor without any: noise for weights, ones for buffers of floats (variances), zeros for indices."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    if isinstance(tensor, nn.Parameter):
+def _real(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy of a tensor. One without values gets noise (weights), ones (other floats, like variances) or zeros."""
+    if not _has_no_values(tensor):
+        return tensor.detach().cpu().clone()
+    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
         return torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=WEIGHT_STD, generator=generator)
-    return torch.ones(tensor.shape, dtype=tensor.dtype)
+    made_up = torch.full(tensor.shape, tensor.is_floating_point(), dtype=tensor.dtype)
+    made_up.made_up = True  # type: ignore[attr-defined]
+    return made_up

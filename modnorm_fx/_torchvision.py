@@ -1,8 +1,8 @@
 """Lets PyPI's torchvision import beside a CPU-only torch.
 
-That torchvision wheel cannot load its compiled operators there, and its Python part then dies on `operator torchvision::nms
-does not exist` - and with it `import timm` and every lazy import of transformers' vision models. Declaring the two
-schemas that its Python part refers to is enough; nothing in this package calls them.
+That torchvision wheel cannot load its compiled operators there, and its Python part then dies on `operator
+torchvision::nms does not exist` - and with it `import timm` and every lazy import of transformers' vision models.
+Declaring the two schemas that its Python part refers to is enough; nothing in this package calls them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _declared: list[torch.library.Library] = []  # a Library takes its schemas away 
 def declare_missing_ops() -> bool:
     """Declares torchvision's operators when they are really missing; says whether it did. Never imports torchvision.
 
-    Leaves everything alone when torch is not a CPU-only build, or torchvision is absent, already imported, or able to load
-    its compiled operators (tried in the way torchvision itself does at import).
+    Leaves everything alone when torch is not a CPU-only build, or torchvision is absent, already imported, or able to
+    load its compiled operators (tried in the way torchvision itself does at import).
     """
     if _declared or torch.version.cuda or torch.version.hip or "torchvision" in sys.modules:
         return False

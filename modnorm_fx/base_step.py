@@ -110,7 +110,7 @@ class BaseStep:
 
     @contextmanager
     def _gradients_for_base(self, groups: Groups, active: Active) -> Iterator[None]:
-        """Without stale gradients of frozen parameters; with coupled weight decay where the base will not see weights."""
+        """Without stale gradients of frozen parameters, and with the coupled weight decay that the base cannot add."""
         frozen = [p for group in groups for p in group["params"] if not p.requires_grad and p.grad is not None]
         replaced = [(p, p.grad) for p in frozen]
         for p in frozen:
@@ -130,13 +130,13 @@ class BaseStep:
 
     @contextmanager
     def _settings_for_base(self, groups: Groups, keep_lr: bool) -> Iterator[None]:
-        """The base with the wrapper's settings, learning rates `self.lr` (unless `keep_lr`), and no weight decay but what
-        stays part of the update. Afterwards its own are back, and what it changed is in the wrapper's groups."""
-        kept = []
+        """The base with the wrapper's settings, learning rates `self.lr` (unless `keep_lr`), and no weight decay but
+        what stays part of the update. Afterwards its own are back, and what it changed is in the wrapper's groups."""
+        kept: list[dict[str, Any]] = []
         for ours, theirs, lr in zip(groups, self.base.param_groups, self.lr, strict=True):
             theirs.update({key: value for key, value in ours.items() if key in theirs and key not in NOT_SHARED})
             kept.append({key: theirs[key] for key in ("lr", "weight_decay") if key in theirs})
-            if "lr" in theirs and not keep_lr:
+            if theirs.get("lr") is not None and not keep_lr:
                 theirs["lr"] = lr
             if "weight_decay" in theirs and (not self.weight_dependent or decoupled(self.base, theirs)):
                 theirs["weight_decay"] = 0.0
@@ -175,9 +175,9 @@ def announce(base: Optimizer, weight_dependent: bool, weight_decay: float) -> No
     logger.info("ModularOptimizer takes over the learning rate and decoupled weight decay of %s.", name)
     if any("initial_lr" in group for group in groups):
         _warn(f"A learning rate scheduler seems to be attached to {name}; attach it to the ModularOptimizer instead.")
-    if len({float(group.get("lr", 0.0)) for group in groups}) > 1:
+    if len({float(group.get("lr") or 0.0) for group in groups}) > 1:
         _warn(f"The groups of {name} have different learning rates, which are not used: set param_groups[i]['lr'].")
-    decays = {float(group.get("weight_decay", 0.0)) for group in groups if decoupled(base, group)}
+    decays = {float(group.get("weight_decay") or 0.0) for group in groups if decoupled(base, group)}
     if decays - {0.0} and (not weight_decay or len(decays) > 1):
         shown = ", ".join(f"{decay:g}" for decay in sorted(decays))
         _warn(

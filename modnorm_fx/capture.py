@@ -6,16 +6,15 @@ The graph is traced from a copy, on inputs without values where possible, in thr
 2. `export(train)`: the same in training mode, when (1) fails or loses parameters (caches that evaluation keeps);
 3. `make_fx(eval)`: the model runs on values, for code that branches on data or makes sizes from it.
 
-An exported graph still writes in place and wraps parts in sub-graphs. One more trace, of the graph, makes it functional. It gives
-what `run_decompositions({})` gives (`linear`, `layer_norm`, `scaled_dot_product_attention` stay whole) in less than half the time.
+Such a graph still writes in place and wraps parts in sub-graphs. Tracing the graph once more makes it functional. That
+gives what `run_decompositions({})` gives (`linear`, `layer_norm`, attention stay whole) in less than half the time.
 """
 
 from __future__ import annotations
 
-import inspect
+import re
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +26,26 @@ from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ._copies import MAX_REAL_BYTES, dry_run, fake_copy, fake_inputs, fake_tensors, real_bytes, real_copy, real_inputs, undisturbed
+from ._copies import (
+    LIBRARIES,
+    MAX_REAL_BYTES,
+    check_runs,
+    fake_copy,
+    fake_inputs,
+    real_bytes,
+    real_copy,
+    real_inputs,
+    short,
+    unchanged,
+    undisturbed,
+)
 from .errors import CaptureError, ModelMismatchError, ModnormError, WeightError
-from .inputs import example_inputs
+from .inputs import example_inputs, input_names, without_cache
 
 __all__ = ["Captured", "Input", "capture", "where"]
 
@@ -47,9 +58,13 @@ KINDS: tuple[Kind, ...] = ("parameter", "buffer", "constant", "user")
 #: higher-order operations that only run a sub-graph under some setting; the sub-graph takes their place
 WRAPPERS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"})
 #: operations that compute nothing: checks that tracing leaves behind
-CHECKS = ("_assert_", "_functional_assert_", "sym_constrain_range", "_make_dep_token", "_functional_sym_constrain_range")
-#: where frames are not the user's
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(inspect.__file__).parent / "contextlib"))
+CHECKS = (
+    "_assert_",
+    "_functional_assert_",
+    "sym_constrain_range",
+    "_make_dep_token",
+    "_functional_sym_constrain_range",
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,8 @@ class Input:
     Attributes:
         node: the placeholder.
         kind: what is passed in its place.
-        name: qualified name of the parameter or buffer (canonical: the first of its names), key of the constant, or the argument
-            of `forward` with the path inside it (`input_ids`, `images[0]`).
+        name: qualified name of the parameter or buffer (canonical: the first of its names), key of the constant, or the
+            argument of `forward` with the path inside it (`input_ids`, `images[0]`).
     """
 
     node: fx.Node
@@ -73,7 +88,8 @@ class Captured:
     """A model as a graph.
 
     Attributes:
-        graph_module: functional ATen; placeholders are parameters, buffers, constants, user inputs; returns a flat tuple.
+        graph_module: functional ATen; its placeholders are parameters, buffers, constants, user inputs, in this order;
+            it returns a flat tuple.
         inputs: one row per placeholder, in order. Every distinct parameter has exactly one, even if it is unused.
         shapes: canonical name -> shape, for every parameter of the model.
         aliases: other name -> canonical name, for tied parameters.
@@ -93,7 +109,7 @@ class Captured:
     constants: dict[str, Tensor]
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Runs the graph with the parameters and buffers of `model` (on the CPU) and the given inputs, without gradients.
+        """Runs the graph on the CPU, without gradients, with the parameters and buffers of `model`.
 
         Returns the outputs as `torch.utils._pytree.tree_leaves(model(*args, **kwargs))` orders them.
         """
@@ -101,7 +117,7 @@ class Captured:
             "parameter": dict(model.named_parameters()),
             "buffer": dict(model.named_buffers()),
             "constant": self.constants,
-            "user": dict(zip(_input_names(model, args, kwargs), pytree.tree_leaves((args, kwargs)), strict=True)),
+            "user": dict(zip(input_names(model, args, kwargs), pytree.tree_leaves((args, kwargs)), strict=True)),
         }
         for entry in self.inputs:
             if entry.name not in values[entry.kind]:
@@ -113,47 +129,36 @@ class Captured:
             return self.graph_module(*(values[entry.kind][entry.name] for entry in self.inputs))
 
 
-def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: dict[str, Any] | None = None) -> Captured:
+def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None) -> Captured:
     """Traces `model` to a graph; the model itself is neither run nor changed.
 
-    Hooks of the model are part of it: they run, on the copy. A hook that writes to a place outside of the model is given traced
-    tensors.
+    Hooks of the model are part of it: they run, on the copy. What they write outside of the model are traced tensors.
 
     Args:
         model: any module; its weights may be real, on `meta`, or fake.
         args: positional arguments of `model`; tensors may be real, on `meta`, or fake.
-        kwargs: keyword arguments. Without `args` and `kwargs`, inputs are made up for models whose library says what they eat
-            (see `modnorm_fx.inputs`).
+        kwargs: keyword arguments. Without `args` and `kwargs`, inputs are made up for models whose library says what
+            they eat (see `modnorm_fx.inputs`).
 
     Raises:
-        CaptureError: the model does not run on the inputs, or no route leads to a graph; each route's reason is in the text.
+        CaptureError: the model does not run on the inputs, or no route leads to a graph (each route's reason is given).
         WeightError: there is no parameter, or none reaches an output.
     """
     if next(model.parameters(), None) is None:
         raise WeightError(f"{type(model).__name__} has no parameters, so there is nothing to normalise.")
     if args is None and kwargs is None:
         args, kwargs = example_inputs(model)
-    before = fake_tensors(model)
-    with undisturbed():
-        captured = _capture(model, tuple(args or ()), _without_cache(model, dict(kwargs or {})))
-    for identity, attribute in fake_tensors(model).items():
-        if identity not in before:
-            raise CaptureError(
-                "Tracing wrote a tensor without values into the model.",
-                where=attribute,
-                why="something in the copy of the model (a hook, a closure) refers to the original",
-                do="remove that hook or closure, and set the attribute again before using the model",
-            )
-    return captured
+    with undisturbed(), unchanged(model):
+        return _capture(model, tuple(args or ()), without_cache(model, dict(kwargs or {})))
 
 
 def where(node: fx.Node) -> str | None:
-    """Where in the user's model a node comes from, e.g. `transformer.h.0.attn (modeling_gpt2.py:210: attn_output = ...)`.
+    """Where in the user's model a node comes from: `transformer.h.0.attn (modeling_gpt2.py:210: attn_output = ...)`.
 
     The line is the innermost one in a file that defines a module around the node, not counting torch's own files.
     """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = _module_path(stack[-1][0]) if stack else ""
+    path = stack[-1][0] if stack else ""
     files = {_defining_file(entry[1]) for entry in stack} - {None}
     frames = [f for f in _frames(node.meta.get("stack_trace") or "") if not f[0].startswith(LIBRARIES)]
     chosen = [f for f in frames if f[0] in files] or frames
@@ -182,8 +187,8 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             raise
         except Exception as error:
             if best is None and not reasons:
-                _check_that_model_runs(model, args, kwargs)
-            reasons.append(f"{route}: {_short(error)}")
+                check_runs(model, args, kwargs)
+            reasons.append(f"{route}: {error if isinstance(error, _RouteClosed) else short(error)}")
             last = error
         else:
             if best is None or set(found.unused) < set(best.unused):
@@ -210,31 +215,6 @@ def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return best
 
 
-def _check_that_model_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises the model's own error, if that and not tracing is what failed."""
-    try:
-        dry_run(model, args, kwargs)
-        return
-    except CaptureError:
-        raise
-    except Exception as error:
-        failure = error
-    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(failure.__traceback__)]
-    frames = [f for f in frames if not f[0].startswith(LIBRARIES)]
-    raise CaptureError(
-        f"{type(model).__name__} does not run on these inputs.",
-        where="{}:{}: {}".format(*frames[-1]) if frames else None,
-        why=_short(failure),
-        do="pass the args and kwargs with which model(*args, **kwargs) runs",
-    ) from failure
-
-
-def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if hasattr(getattr(model, "config", None), "to_dict") and "use_cache" in inspect.signature(model.forward).parameters:
-        kwargs["use_cache"] = False
-    return kwargs
-
-
 # --- routes: each gives the traced graph, what its placeholders are, and constants ------------------------------------
 
 
@@ -247,14 +227,9 @@ class _Literal:
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
     copy, mode = fake_copy(model, training=training)
-    own = fake_tensors(copy)
     program = torch.export.export(copy, *fake_inputs((args, kwargs), mode), strict=False)
     exported, signature = program.graph_module, program.graph_signature
     constants = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
-    for name, value in constants.items():
-        if isinstance(value, FakeTensor) and id(value) not in own:
-            raise _RouteClosed(f"the constant {name} was computed from parameters before tracing")
-
     kinds: dict[InputKind, Kind] = {
         InputKind.PARAMETER: "parameter",
         InputKind.BUFFER: "buffer",
@@ -265,7 +240,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         "buffer": _canonical(model.named_buffers(remove_duplicate=False)),
         "constant": {},
     }
-    leaves = zip(_input_names(model, args, kwargs), pytree.tree_leaves((args, kwargs)), strict=True)
+    leaves = zip(input_names(model, args, kwargs), pytree.tree_leaves((args, kwargs)), strict=True)
     tensors: dict[Key, Tensor] = {("parameter", name): value for name, value in copy.named_parameters()}
     feed: list[Key | _Literal] = []  # what each placeholder of the exported graph is given
     for node, spec in zip(exported.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True):
@@ -279,32 +254,37 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
             raise _RouteClosed(f"the graph has an input of the kind {spec.kind.name}")
         if not isinstance(feed[-1], _Literal):
             tensors[feed[-1]] = node.meta["val"]
-    kept = [index for index, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
-
-    def run(values: dict[Key, Tensor]) -> list[Any]:
-        outputs = _Replay(exported).run(*(key.value if isinstance(key, _Literal) else values[key] for key in feed))
-        return [outputs[index] for index in kept]
-
-    with mode, fx_traceback.preserve_node_meta():
-        return *_functional_graph(run, tensors), constants
+    outputs = [index for index, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
+    with mode:
+        return *_functional(exported, feed, tensors, outputs), constants
 
 
 def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
     if (size := real_bytes(model)) > MAX_REAL_BYTES:
-        raise _RouteClosed(f"a copy with values takes {size / 2**30:.0f} GiB, and {MAX_REAL_BYTES / 2**30:.0f} GiB are allowed")
+        raise _RouteClosed(
+            f"a copy with values takes {size / 2**30:.0f} GiB, and {MAX_REAL_BYTES / 2**30:.0f} GiB are allowed"
+        )
     copy = real_copy(model)
-    names = _input_names(model, args, kwargs)
+    names = input_names(model, args, kwargs)
     leaves, spec = pytree.tree_flatten(real_inputs((args, kwargs)))
     tensors: dict[Key, Tensor] = {("parameter", name): value.detach() for name, value in copy.named_parameters()}
     tensors |= {("buffer", name): value for name, value in copy.named_buffers()}
     tensors |= {("user", name): value for name, value in zip(names, leaves, strict=True) if isinstance(value, Tensor)}
 
-    def run(values: dict[Key, Tensor]) -> Any:
-        state = {name: value for (kind, name), value in values.items() if kind in ("parameter", "buffer")}
-        given = [values.get(("user", name), leaf) for name, leaf in zip(names, leaves, strict=True)]
-        return torch.func.functional_call(copy, state, *pytree.tree_unflatten(given, spec), tie_weights=True)
+    def run(*values: Tensor) -> list[Any]:
+        given = dict(zip(tensors, values, strict=True))
+        state = {name: value for (kind, name), value in given.items() if kind != "user"}
+        inputs = [given.get(("user", name), leaf) for name, leaf in zip(names, leaves, strict=True)]
+        return pytree.tree_leaves(
+            torch.func.functional_call(copy, state, *pytree.tree_unflatten(inputs, spec), tie_weights=True)
+        )
 
-    return *_functional_graph(run, tensors, root=copy), {}
+    run._orig_mod = copy  # type: ignore[attr-defined]  # where make_fx looks for modules, to record their paths
+    trace = make_fx(
+        run, pre_dispatch=True, record_module_stack=True, record_stack_traces=True, _error_on_data_dependent_ops=False
+    )
+    traced = trace(*tensors.values())
+    return *_functional(traced, list(tensors), tensors), {}
 
 
 ROUTES: dict[str, Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Trace]] = {
@@ -315,7 +295,7 @@ ROUTES: dict[str, Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Trace]]
 
 
 class _Replay(fx.Interpreter):
-    """Runs an exported graph with the sub-graphs of wrappers in line."""
+    """Runs a graph with the sub-graphs of wrappers in line."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(target, HigherOrderOperator) and target.name() in WRAPPERS:
@@ -324,33 +304,38 @@ class _Replay(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def _functional_graph(
-    run: Callable[[dict[Key, Tensor]], Any], tensors: dict[Key, Tensor], root: nn.Module | None = None
+def _functional(
+    traced: fx.GraphModule, feed: list[Key | _Literal], tensors: dict[Key, Tensor], outputs: list[int] | None = None
 ) -> tuple[fx.GraphModule, list[Key]]:
-    """Traces `run` with every write made functional; what is written into an input is not returned."""
+    """Traces a graph once more, with every write made functional; a write into an input is not seen outside.
+
+    Args:
+        feed: what each placeholder of `traced` is given.
+        tensors: example values of the inputs of the new graph.
+        outputs: the outputs to keep, all of them if None.
+    """
+    _without_checks(traced.graph)
     keys = sorted(tensors, key=lambda key: KINDS.index(key[0]))
 
-    def flat(*values: Tensor) -> tuple[Any, ...]:
-        return tuple(pytree.tree_leaves(run(dict(zip(keys, values, strict=True)))))
+    def run(*values: Tensor) -> tuple[Any, ...]:
+        given = dict(zip(keys, values, strict=True))
+        results = _Replay(traced).run(*(entry.value if isinstance(entry, _Literal) else given[entry] for entry in feed))
+        return tuple(results if outputs is None else (results[index] for index in outputs))
 
-    functional = dispatch_functionalize(flat, FunctionalTensorMode(pre_dispatch=True, export=True))
-    if root is not None:
-        functional._orig_mod = root  # type: ignore[attr-defined]  # where make_fx looks for modules, to record their paths
-    trace = make_fx(
-        functional,
-        pre_dispatch=True,
-        record_module_stack=root is not None,
-        record_stack_traces=root is not None,
-        _error_on_data_dependent_ops=False,
-    )
-    with enable_python_dispatcher():
-        return trace(*(tensors[key] for key in keys)), keys
+    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True, export=True))
+    with enable_python_dispatcher(), fx_traceback.preserve_node_meta():
+        graph_module = make_fx(functional, pre_dispatch=True, _error_on_data_dependent_ops=False)(
+            *(tensors[key] for key in keys)
+        )
+    return graph_module, keys
 
 
 # --- from a traced graph to a Captured --------------------------------------------------------------------------------
 
 
-def _captured(model: nn.Module, route: str, module: fx.GraphModule, keys: list[Key], constants: dict[str, Tensor]) -> Captured:
+def _captured(
+    model: nn.Module, route: str, module: fx.GraphModule, keys: list[Key], constants: dict[str, Tensor]
+) -> Captured:
     graph = module.graph
     entries = dict(zip(graph.find_nodes(op="placeholder"), keys, strict=True))
     constants = constants | _lift_constants(module, entries)
@@ -375,7 +360,7 @@ def _captured(model: nn.Module, route: str, module: fx.GraphModule, keys: list[K
         modules={path: _qualified_name(type(m)) for path, m in model.named_modules(remove_duplicate=False)},
         route=route,
         unused=tuple(entry.name for entry in inputs if entry.kind == "parameter" and entry.node not in reached),
-        constants={entry.name: _storable(constants[entry.name]) for entry in inputs if entry.kind == "constant"},
+        constants={entry.name: _known(constants[entry.name]) for entry in inputs if entry.kind == "constant"},
     )
 
 
@@ -403,21 +388,35 @@ def _lift_constants(module: fx.GraphModule, entries: dict[fx.Node, Key]) -> dict
     return constants
 
 
+def _known(constant: Tensor) -> Tensor:
+    """Without its values, if they were made up."""
+    return constant.to("meta") if hasattr(constant, "made_up") else constant
+
+
 def _check_constants(model: nn.Module, constants: dict[str, Tensor]) -> None:
-    own = {parameter.data_ptr(): name for name, parameter in model.named_parameters() if not parameter.is_meta and not isinstance(parameter, FakeTensor)}
+    own = {
+        parameter.data_ptr(): name
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and not isinstance(parameter, FakeTensor)
+    }
     for value in constants.values():
-        if isinstance(value, FakeTensor | FunctionalTensor) or value.is_meta or value.numel() == 0:
-            continue
-        if value.data_ptr() in own:
+        if value.numel() and value.data_ptr() in own:
             raise _RouteClosed(f"{own[value.data_ptr()]} is used through a closure that refers to the original model")
 
 
-def _tidy(graph: fx.Graph) -> None:
-    """Removes checks, dropout that is off, and whatever no output needs (nothing writes in place, so all of it is dead)."""
+def _without_checks(graph: fx.Graph) -> None:
+    """Removes what only checks something, and what only such checks need."""
     for node in reversed(graph.nodes):
         if isinstance(node.target, OpOverload) and node.target.__name__.startswith(CHECKS) and not node.users:
             graph.erase_node(node)
-        elif node.target is torch.ops.aten.dropout.default and not (node.args[2] and node.args[1]):
+    graph.eliminate_dead_code()
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Removes dropout that is off, and whatever no output needs (nothing writes in place, so all of it is dead)."""
+    _without_checks(graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default):
+        if not (node.args[1] and node.args[2]):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
@@ -449,11 +448,6 @@ def _output(graph: fx.Graph) -> fx.Node:
     return next(iter(graph.find_nodes(op="output")))
 
 
-def _storable(constant: Tensor) -> Tensor:
-    """A constant of a model without values has none either."""
-    return constant.to("meta") if isinstance(constant, FakeTensor) else constant
-
-
 # --- names and lines --------------------------------------------------------------------------------------------------
 
 
@@ -463,28 +457,8 @@ def _canonical(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
-def _input_names(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
-    """A name for every leaf of `(args, kwargs)`: the argument of `forward`, then the path inside it."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-    def name(path: Sequence[Any]) -> str:
-        container, argument, *inside = path
-        if container.idx == 1:
-            base = str(argument.key)
-        else:
-            base = positional[argument.idx] if argument.idx < len(positional) else f"args[{argument.idx}]"
-        return base + pytree.keystr(tuple(inside))
-
-    return [name(path) for path, _ in pytree.tree_flatten_with_path((tuple(args), kwargs))[0]]
-
-
 def _qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _module_path(path: str) -> str:
-    return path.removeprefix("L['self']").lstrip(".")
 
 
 def _defining_file(cls: Any) -> str | None:
@@ -497,16 +471,5 @@ def _defining_file(cls: Any) -> str | None:
 
 def _frames(stack_trace: str) -> list[tuple[str, int, str]]:
     """(file, line number, code) of every frame of a formatted stack trace, outermost first."""
-    lines = stack_trace.splitlines()
-    frames = []
-    for head, code in zip(lines, [*lines[1:], ""], strict=True):
-        if head.lstrip().startswith('File "'):
-            file, number, *_ = head.strip().removeprefix('File "').replace('", line ', "\0").replace(", in ", "\0").split("\0")
-            frames.append((file, int(number), code.strip()))
-    return frames
-
-
-def _short(error: BaseException, limit: int = 300) -> str:
-    """Type and first lines of an error, on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if len(text) <= limit else f"{type(error).__name__}: {text[:limit]}..."
+    found = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', stack_trace)
+    return [(file, int(number), code.strip()) for file, number, code in found]

@@ -1,7 +1,8 @@
 """One family of errors, written for the person who reads them.
 
-Every error says *what* happened, *where* (module path and source line of the user's model, when there is one), *why*, and
-*what to do*. Nothing else in the package is raised at users: an exception of another type is a defect of this package.
+Every error says *what* happened, *where* (module path and source line of the user's model, when there is one), *why*,
+and *what to do*. Nothing else in the package is raised at users: an exception of another type is a defect of this
+package.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ STAGES = ("capture", "canonical", "atoms", "scales", "sensitivities", "mass", "t
 
 def graph(captured: Captured) -> str:
     """The captured graph as Python."""
-    head = f"# captured by {captured.route}: {len(captured.graph_module.graph.nodes)} nodes, {len(captured.shapes)} parameters\n"
+    nodes = len(captured.graph_module.graph.nodes)
+    head = f"# captured by {captured.route}: {nodes} nodes, {len(captured.shapes)} parameters\n"
     return head + captured.graph_module.print_readable(print_output=False)
 
 
@@ -47,7 +48,9 @@ def scales(module: fx.GraphModule, facts: Any) -> str:
     """Scale, local sensitivities and status of every signal."""
     lines = [f"{'signal':36} {'scale':>10}  status    sensitivity to its operands"]
     for node, scale in facts.scale.items():
-        local = ", ".join(f"{name if i is None else f'{name}[{i}]'} {value:.4g}" for (name, i), value in facts.local[node].items())
+        local = ", ".join(
+            f"{name if i is None else f'{name}[{i}]'} {value:.4g}" for (name, i), value in facts.local[node].items()
+        )
         lines.append(f"{_label(module, node):36} {scale:10.4g}  {facts.status[node]:8}  {local}")
     return "\n".join(lines)
 
@@ -55,7 +58,9 @@ def scales(module: fx.GraphModule, facts: Any) -> str:
 def sensitivities(module: fx.GraphModule, facts: Any) -> str:
     """Sensitivity of the output to every signal, from input to output."""
     rows = sorted(facts.of.items(), key=lambda item: item[0])
-    return "\n".join([f"{'signal':36} {'S':>10}", *(f"{_label(module, node):36} {s:10.4g}  {where(node) or ''}" for node, s in rows)])
+    return "\n".join(
+        [f"{'signal':36} {'S':>10}", *(f"{_label(module, node):36} {s:10.4g}  {where(node) or ''}" for node, s in rows)]
+    )
 
 
 def mass(weights: Sequence[Any], places: Mapping[str, Any], masses: Mapping[str, float]) -> str:
@@ -69,7 +74,9 @@ def mass(weights: Sequence[Any], places: Mapping[str, Any], masses: Mapping[str,
 
 def timing(seconds: Mapping[str, float]) -> str:
     """Seconds per pass."""
-    return "\n".join([*(f"{name:24} {s:8.3f} s" for name, s in seconds.items()), f"{'total':24} {sum(seconds.values()):8.3f} s"])
+    return "\n".join(
+        [*(f"{name:24} {s:8.3f} s" for name, s in seconds.items()), f"{'total':24} {sum(seconds.values()):8.3f} s"]
+    )
 
 
 def _label(module: fx.GraphModule, node: fx.Node) -> str:

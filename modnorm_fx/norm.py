@@ -1,7 +1,7 @@
 """The modular norm of one model: what ``convert`` returns.
 
-Immutable: every change returns a new norm. It holds the norm tree, the convention and the names and shapes of the model's
-parameters; all numbers of the leaves follow from the tree by the paper's recursion.
+Immutable: every change returns a new norm. It holds the norm tree, the convention and the names and shapes of the
+model's parameters; all numbers of the leaves follow from the tree by the paper's recursion.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Leaf:
         weight: the parameter's qualified name. slices: which part of it, () for all.
         atom: how it is used, and with it its norm.
         mass: its part of the network's mass.
-        sensitivity: change of the network's output (relative to its scale) per change of the output of the op that uses it.
+        sensitivity: change of the network's output (relative to its scale) per change of the output of the op that
+        uses it.
         scale: RMS of what it multiplies (1 for what is added).
         target: the atom norm that a unit update gives it: ``share(mass) / (sensitivity · scale)``.
         initial: the norm it is declared to have, which ``initialize_`` gives it.
@@ -75,8 +76,8 @@ class Leaf:
 class ModularNorm:
     """The modular norm of a model (arXiv 2405.14813, section 3).
 
-    ``‖ΔW‖ = max over leaves of atom.norm(ΔW_leaf) / target_leaf``: an update of norm η changes the output by at most (paper) or
-    typically (tracked) η relative to its scale.
+    ``‖ΔW‖ = max over leaves of atom.norm(ΔW_leaf) / target_leaf``: an update of norm η changes the output by at most
+    (paper) or typically (tracked) η relative to its scale.
 
     Attributes:
         tree: the norm tree. convention: how contributions add up.
@@ -94,7 +95,7 @@ class ModularNorm:
     stages: Mapping[str, Callable[[], str]] = field(default_factory=dict, repr=False)
     _parameters: Mapping[int, tuple[weakref.ref, str]] = field(default_factory=dict, repr=False)
 
-    # --- reading ---------------------------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -106,20 +107,22 @@ class ModularNorm:
 
     def _leaf(self, key: str, uses: list[T.Allotment]) -> Leaf:
         mass = math.fsum(u.node.own_mass for u in uses)
-        gain = math.fsum(u.gain for u in uses)
         share = self.convention.share(mass, self.tree.mass)
-        atom, initial = uses[0].node.atom, uses[0].node.initial
+        status = "sampled" if any(u.node.status == "sampled" for u in uses) else "rules"
+        uses = self.convention.binding(uses)
+        gain = math.fsum(u.gain for u in uses)
         by_atom: dict[Atom, float] = defaultdict(float)
         for u in uses:
             by_atom[u.node.atom] += u.gain
+        atom, initial = uses[0].node.atom, uses[0].node.initial
         if len(by_atom) > 1 and gain > 0:
             atom = Tied(atom.shape, tuple(by_atom), tuple(g / gain for g in by_atom.values()))
             initial = math.fsum(u.gain / gain * u.node.initial for u in uses)
-        first = uses[0]
-        sensitivity, scale = (first.sensitivity, first.node.gain) if len(uses) == 1 else (gain, 1.0)
-        status = "sampled" if any(u.node.status == "sampled" for u in uses) else "rules"
+        sensitivity, scale = (uses[0].sensitivity, uses[0].node.gain) if len(uses) == 1 else (gain, 1.0)
         weight, slices = self.slices[key]
-        return Leaf(key, weight, slices, atom, mass, sensitivity, scale, share / gain if gain > 0 else 0.0, initial, status)
+        return Leaf(
+            key, weight, slices, atom, mass, sensitivity, scale, share / gain if gain > 0 else 0.0, initial, status
+        )
 
     @property
     def targets(self) -> dict[str, float]:
@@ -148,7 +151,7 @@ class ModularNorm:
             found[leaf.weight].append(leaf)
         return dict(found)
 
-    # --- binding to a model ----------------------------------------------------------------------------------------------------
+    # --- binding to a model -----------------------------------------------------------------------------------------
 
     def bind(self, model: nn.Module) -> ModularNorm:
         """This norm for ``model``, whose parameters it then knows by identity.
@@ -174,13 +177,15 @@ class ModularNorm:
         found = self._parameters.get(id(parameter))
         return found[1] if found and found[0]() is parameter else None
 
-    # --- changing --------------------------------------------------------------------------------------------------------------
+    # --- changing ---------------------------------------------------------------------------------------------------
 
     def tare(self, path: str, mass: float) -> ModularNorm:
-        """A norm in which everything at or below the module or parameter ``path`` has total mass ``mass``; other masses stay.
+        """A norm in which everything at or below the module or parameter ``path`` has total mass ``mass``; other
+        masses stay.
 
         Raises:
-            MassError: no leaf lies at ``path``, its mass is zero now and so cannot be scaled, or ``mass`` is not a finite number >= 0.
+            MassError: no leaf lies at ``path``, its mass is zero now and so cannot be scaled, or ``mass`` is not a
+            finite number >= 0.
         """
         if not (isinstance(mass, int | float) and 0 <= mass < math.inf):
             raise MassError(f"The mass of {path!r} is {mass!r}.", why="a mass is a finite number, zero or more")
@@ -192,16 +197,22 @@ class ModularNorm:
 
         now = math.fsum(node.mass for node in T.leaves(self.tree) if hit(node.key))
         if not any(hit(key) for key in self.slices):
-            raise MassError(f"Nothing in the norm lies at {path!r}.", do=f"Use a module path or parameter name, such as {_near(path, self.slices)!r}.")
+            raise MassError(
+                f"Nothing in the norm lies at {path!r}.",
+                do=f"Use a module path or parameter name, such as {_near(path, self.slices)!r}.",
+            )
         if now == 0 and mass > 0:
-            raise MassError(f"Everything at {path!r} has mass 0, which cannot be scaled to {mass}.", do="Convert again with masses=.")
+            raise MassError(
+                f"Everything at {path!r} has mass 0, which cannot be scaled to {mass}.",
+                do="Convert again with masses=.",
+            )
         factor = mass / now if now else 0.0
         tree = T.map_atoms(self.tree, lambda n: replace(n, own_mass=n.own_mass * factor) if hit(n.key) else n)
         if tree.mass <= 0:
             raise MassError("All masses would be zero.", why="then no weight may move")
         return replace(self, tree=tree)
 
-    # --- measuring and scaling updates -----------------------------------------------------------------------------------------
+    # --- measuring and scaling updates ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def norm(self, updates: Mapping[str, Tensor]) -> Tensor:
@@ -218,7 +229,8 @@ class ModularNorm:
 
     @torch.no_grad()
     def normalize_(self, updates: Mapping[str, Tensor], target: float = 1.0) -> None:
-        """Scales updates in place so that every leaf has norm ``target`` times its own target; zero stays zero. Exact norms.
+        """Scales updates in place so that every leaf has norm ``target`` times its own target; zero stays zero. Exact
+        norms.
 
         Raises as ``norm`` does, before anything is changed.
         """
@@ -226,26 +238,40 @@ class ModularNorm:
 
     @torch.no_grad()
     def dualize_(self, updates: Mapping[str, Tensor], target: float = 1.0) -> None:
-        """Replaces updates in place by the steepest-descent step of norm ``target``: the dual of each leaf (modular duality)."""
+        """Replaces updates in place by the steepest-descent step of norm ``target``: the dual of each leaf (modular
+        duality)."""
         self._each(updates, lambda leaf, part: leaf.atom.dualize_(part, target * leaf.target))
 
     @torch.no_grad()
     def initialize_(self, model: nn.Module, generator: torch.Generator | None = None) -> None:
-        """Gives every weight of ``model`` the norm it is declared to have: semi-orthogonal matrices, unit gains, zero biases.
+        """Gives every weight of ``model`` the norm it is declared to have: semi-orthogonal matrices, unit gains, zero
+        biases.
 
-        Scalars and unused parameters stay as they are. The model must have the norm's parameters (ModelMismatchError otherwise).
+        Scalars and unused parameters stay as they are. The model must have the norm's parameters (ModelMismatchError
+        otherwise).
         """
-        self._each(_tensors(self.bind(model), model), lambda leaf, part: leaf.atom.initialize_(part, leaf.initial, generator), check=False)
+        self._each(
+            _tensors(self.bind(model), model),
+            lambda leaf, part: leaf.atom.initialize_(part, leaf.initial, generator),
+            check=False,
+        )
 
     @torch.no_grad()
     def project_(self, model: nn.Module, bound: float = 1.0) -> None:
-        """Shrinks weights of ``model`` whose norm exceeds ``bound`` times what they are declared to have; others stay."""
+        """Shrinks weights of ``model`` whose norm exceeds ``bound`` times what they are declared to have; others
+        stay."""
         self._each(
-            {k: v for k, v in _tensors(self.bind(model), model).items() if any(leaf.initial > 0 for leaf in self._by_weight.get(k, ()))},
+            {
+                k: v
+                for k, v in _tensors(self.bind(model), model).items()
+                if any(leaf.initial > 0 for leaf in self._by_weight.get(k, ()))
+            },
             lambda leaf, part: leaf.atom.project_(part, bound * leaf.initial) if leaf.initial > 0 else None,
         )
 
-    def _each(self, updates: Mapping[str, Tensor], change: Callable[[Leaf, Tensor], object], check: bool = True) -> None:
+    def _each(
+        self, updates: Mapping[str, Tensor], change: Callable[[Leaf, Tensor], object], check: bool = True
+    ) -> None:
         for name, tensor in (self._checked(updates) if check else updates).items():
             for leaf in self._by_weight.get(name, ()):
                 part = leaf.read(tensor)
@@ -258,22 +284,31 @@ class ModularNorm:
         for given, tensor in updates.items():
             name = self.aliases.get(given, given)
             if name not in self.shapes:
-                raise ModelMismatchError(f"The norm knows no parameter {given!r}.", do=f"Did you mean {_near(given, self.shapes)!r}?")
+                raise ModelMismatchError(
+                    f"The norm knows no parameter {given!r}.", do=f"Did you mean {_near(given, self.shapes)!r}?"
+                )
             if tuple(tensor.shape) != tuple(self.shapes[name]):
                 raise ModelMismatchError(
-                    f"The update of {given!r} has shape {list(tensor.shape)}; the parameter had {list(self.shapes[name])} when it was converted."
+                    f"The update of {given!r} has shape {list(tensor.shape)}.",
+                    why=f"the parameter had shape {list(self.shapes[name])} when the model was converted",
                 )
             if name not in self._by_weight:
-                raise ModelMismatchError(f"{given!r} reaches no output of the model, so it has no norm.", do="Leave it out of the update.")
+                raise ModelMismatchError(
+                    f"{given!r} reaches no output of the model, so it has no norm.", do="Leave it out of the update."
+                )
             if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"The update of {given!r} holds NaN or infinity.", why="no scaling makes it finite; nothing was changed")
+                raise NonFiniteError(
+                    f"The update of {given!r} holds NaN or infinity.",
+                    why="no scaling makes it finite; nothing was changed",
+                )
             out[name] = tensor
         return out
 
-    # --- showing and keeping ---------------------------------------------------------------------------------------------------
+    # --- showing and keeping ----------------------------------------------------------------------------------------
 
     def explain(self, stage: str) -> str:
-        """One stage of the conversion as text: one of ``stages``. Raises ModnormError for others, and on a loaded norm."""
+        """One stage of the conversion as text: one of ``stages``. Raises ModnormError for others, and on a loaded
+        norm."""
         if stage not in self.stages:
             raise ModnormError(
                 f"There is no stage {stage!r} to explain.",
@@ -292,7 +327,8 @@ class ModularNorm:
     def load(path: str | Path, model: nn.Module | None = None) -> ModularNorm:
         """Reads a saved norm, and binds it to ``model`` if one is given.
 
-        Raises FormatError for anything that is not a norm of a known schema version, ModelMismatchError for another model.
+        Raises FormatError for anything that is not a norm of a known schema version, ModelMismatchError for another
+        model.
         """
         from .norm_json import read
 
@@ -324,6 +360,8 @@ def _near(name: str, known) -> str:
 def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], most: int = 5) -> str:
     lines = [f"{n} is missing" for n in expected if n not in found]
     lines += [f"{n} is new" for n in found if n not in expected]
-    lines += [f"{n} has shape {list(found[n])}, not {list(s)}" for n, s in expected.items() if n in found and found[n] != s]
+    lines += [
+        f"{n} has shape {list(found[n])}, not {list(s)}" for n, s in expected.items() if n in found and found[n] != s
+    ]
     rest = f"; and {len(lines) - most} more" if len(lines) > most else ""
     return "; ".join(lines[:most]) + rest

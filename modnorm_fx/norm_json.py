@@ -1,9 +1,10 @@
 """A modular norm as JSON: versioned, data only, strict on reading.
 
-Schema 1: ``{"format": "modnorm_fx.norm", "version": 1, "convention", "digest", "parameters": {name: shape}, "aliases", "unused",
-"leaves": {key: [parameter, [[axis, start, stop, period], ...]]}, "tree": node}``. A node is ``{"atom": key, "use", "of": atom, "gain",
-"mass", "initial", "status"}``, ``{"bond": name, "sensitivity", "status"}``, ``{"compose"|"power": [nodes]}``, ``{"tuple": [nodes],
-"join"}`` or ``{"dag": [nodes], "edges": [[from, to, node]]}``.
+Schema 1: ``{"format": "modnorm_fx.norm", "version": 1, "convention", "digest", "parameters": {name: shape},
+"aliases", "unused", "leaves": {key: [parameter, [[axis, start, stop, period], ...]]}, "tree": node}``. A node is
+``{"atom": key, "use", "of": atom, "gain", "mass", "initial", "status"}``, ``{"bond": name, "sensitivity",
+"status"}``, ``{"compose"|"power": [nodes]}``, ``{"tuple": [nodes], "join"}`` or ``{"dag": [nodes], "edges": [[from,
+to, node]]}``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def to_json(norm: ModularNorm) -> dict[str, Any]:
         "parameters": {name: list(shape) for name, shape in norm.shapes.items()},
         "aliases": dict(norm.aliases),
         "unused": list(norm.unused),
-        "leaves": {key: [name, [[s.axis, s.start, s.stop, s.period] for s in parts]] for key, (name, parts) in norm.slices.items()},
+        "leaves": {
+            key: [name, [[s.axis, s.start, s.stop, s.period] for s in parts]]
+            for key, (name, parts) in norm.slices.items()
+        },
         "tree": _node(norm.tree),
     }
 
@@ -47,12 +51,15 @@ def read(path: Path) -> ModularNorm:
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(f"Cannot read {path}.", why=str(error)) from error
     except json.JSONDecodeError as error:
-        raise FormatError(f"{path} is not JSON.", why=str(error), do="Give the file that ModularNorm.save wrote.") from error
+        raise FormatError(
+            f"{path} is not JSON.", why=str(error), do="Give the file that ModularNorm.save wrote."
+        ) from error
     return from_json(data)
 
 
 def from_json(data: Any) -> ModularNorm:
-    """The norm that ``to_json`` described. Raises FormatError for unknown formats, versions, fields and kinds, and for damage."""
+    """The norm that ``to_json`` described. Raises FormatError for unknown formats, versions, fields and kinds, and
+    for damage."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise FormatError("This JSON is not a modular norm.", why=f"its format field is not {FORMAT!r}")
     if data.get("version") != VERSION:
@@ -68,11 +75,15 @@ def from_json(data: Any) -> ModularNorm:
             tree=_read(data["tree"]),
             convention=convention(data["convention"]),
             shapes={name: tuple(int(n) for n in shape) for name, shape in data["parameters"].items()},
-            slices={key: (name, tuple(Slice(*part) for part in parts)) for key, (name, parts) in data["leaves"].items()},
+            slices={
+                key: (name, tuple(Slice(*part) for part in parts)) for key, (name, parts) in data["leaves"].items()
+            },
             aliases=dict(data["aliases"]),
             unused=tuple(data["unused"]),
         )
-        complete = {node.key for node in T.leaves(norm.tree)} == set(norm.slices) and all(n in norm.shapes for n, _ in norm.slices.values())
+        complete = {node.key for node in T.leaves(norm.tree)} == set(norm.slices) and all(
+            n in norm.shapes for n, _ in norm.slices.values()
+        )
     except FormatError:
         raise
     except (ModnormError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -103,7 +114,16 @@ def _number(value: Any) -> float:
 
 def _read(d: Any) -> T.Node:
     match d:
-        case {"atom": str(key), "use": int(use), "of": dict(atom), "gain": gain, "mass": mass, "initial": initial, "status": str(status), **rest} if not rest:
+        case {
+            "atom": str(key),
+            "use": int(use),
+            "of": dict(atom),
+            "gain": gain,
+            "mass": mass,
+            "initial": initial,
+            "status": str(status),
+            **rest,
+        } if not rest:
             return T.AtomNode(key, use, Atom.from_json(atom), _number(gain), _number(mass), _number(initial), status)
         case {"bond": str(name), "sensitivity": value, "status": str(status), **rest} if not rest:
             return T.Bond(name, _number(value), status)

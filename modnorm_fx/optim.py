@@ -178,11 +178,11 @@ class ModularOptimizer(Optimizer):
                 f"This optimizer state has version {saved.get('version')}; this package reads version {VERSION}.",
                 do="load it with the version of modnorm_fx that saved it",
             )
-        keys = {leaf.key for leaf in self.norm.leaves}
-        if saved.get("digest") != self.norm.digest or not saved["vectors"].keys() <= keys:
+        same_leaves = saved["vectors"].keys() <= {leaf.key for leaf in self.norm.leaves}
+        if saved.get("digest") != self.norm.digest or not same_leaves:
             raise OptimizerError(
                 "This optimizer state was saved with another norm.",
-                why=f"its digest is {saved.get('digest')}, this norm's is {self.norm.digest}",
+                why="its leaves differ" if not same_leaves else f"digest {saved.get('digest')}, not {self.norm.digest}",
                 do="load the norm that was saved with the checkpoint (ModularNorm.load), with the same masses",
             )
         sizes = [len(group["params"]) for group in self.param_groups]

@@ -1,6 +1,7 @@
 """``convert``: a model in, its modular norm out. The one place that calls the passes, in order.
 
-Each stage's result is a value that can be printed (``ModularNorm.explain``). An error raised inside a pass carries the pass's name.
+Each stage's result is a value that can be printed (``ModularNorm.explain``). An error raised inside a pass carries
+the pass's name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import nn
 from . import explain
 from .aten_rules import ATEN
 from .capture import Captured, capture
-from .conventions import Convention, convention as convention_of
+from .conventions import Convention
+from .conventions import convention as convention_of
 from .errors import InternalError, ModnormError
 from .norm import ModularNorm
 from .passes.assign_mass import TOTALS, assign_mass
@@ -34,6 +36,7 @@ from .passes.recognize_rotary import recognize_rotary
 from .passes.split_packed import split_packed
 from .passes.type_atoms import type_atoms
 from .rules import RuleTable
+from .tree import allot
 
 __all__ = ["convert"]
 
@@ -56,12 +59,15 @@ def convert(
 
     Args:
         model: any nn.Module; real, meta and fake tensors are all fine.
-        args, kwargs: example inputs as ``model(*args, **kwargs)`` takes them; they may be left out for Hugging Face and timm models.
-        convention: ``"tracked"`` for existing models, ``"paper"`` for nets written the paper's way (see ``conventions``).
-        unknown: what to do with an op without a rule: ``"sample"`` estimates it by running it on random inputs and marks it in every
-            printout, ``"error"`` refuses.
-        masses: total mass of ``"stem"``, ``"stacks"``, ``"head"`` (1 each by default), the share of ``"vectors"`` relative to a matrix
-            (0.1), and of any module path or parameter (as ``ModularNorm.tare``, applied in the order given).
+        args, kwargs: example inputs as ``model(*args, **kwargs)`` takes them; they may be left out for Hugging Face
+        and timm models.
+        convention: ``"tracked"`` for existing models, ``"paper"`` for nets written the paper's way (see
+        ``conventions``).
+        unknown: what to do with an op without a rule: ``"sample"`` estimates it by running it on random inputs and
+            marks it in every printout, ``"error"`` refuses.
+        masses: total mass of ``"stem"``, ``"stacks"``, ``"head"`` (1 each by default), the share of ``"vectors"``
+            relative to a matrix (0.1), and of any module path or parameter (as ``ModularNorm.tare``, applied in the
+            order given).
         rules: the table of op rules; ``ATEN.extended()`` to add one's own.
 
     Returns:
@@ -107,9 +113,21 @@ def convert(
     axes = run("feature_axes", feature_axes, module, flow, rules=rules)
     weights = run("type_atoms", type_atoms, module, uses, flow, axes, captured.shapes, rules=rules, unknown=unknown)
     stages["atoms"] = lambda: explain.atoms(weights)
-    scales = run("propagate_scales", propagate_scales, module, flow, weights, axes, rules=rules, convention=chosen, unknown=unknown)
+    scales = run(
+        "propagate_scales",
+        propagate_scales,
+        module,
+        flow,
+        weights,
+        axes,
+        rules=rules,
+        convention=chosen,
+        unknown=unknown,
+    )
     stages["scales"] = lambda: explain.scales(module, scales)
-    sensitivities = run("propagate_sensitivity", propagate_sensitivity, module, flow, weights, scales, convention=chosen)
+    sensitivities = run(
+        "propagate_sensitivity", propagate_sensitivity, module, flow, weights, scales, convention=chosen
+    )
     stages["sensitivities"] = lambda: explain.sensitivities(module, sensitivities)
     weights = tuple(w for w in weights if any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses))))
     places = run("find_stacks", find_stacks, module.graph, weights, captured.modules)
@@ -140,14 +158,11 @@ def convert(
 
 def _agree(norm: ModularNorm, sensitivities: Sensitivities) -> None:
     """The recursion on the tree and the sweep over the graph are separate code and must give the same gains."""
-    gains: dict[str, float] = {}
-    for (key, _), gain in sensitivities.gains.items():
-        gains[key] = gains.get(key, 0.0) + gain
-    for leaf in norm.leaves:
-        gain = leaf.sensitivity * leaf.scale
-        if not math.isclose(gain, gains[leaf.key], rel_tol=AGREEMENT):
+    for part in allot(norm.tree, norm.convention):
+        gain = sensitivities.gains[part.node.key, part.node.use]
+        if not math.isclose(part.gain, gain, rel_tol=AGREEMENT):
             raise InternalError(
-                f"The tree gives {leaf.key!r} a gain of {gain:.6g} and the graph {gains[leaf.key]:.6g}.",
+                f"The tree gives {part.node.key!r} a gain of {part.gain:.6g} and the graph {gain:.6g}.",
                 do="This is a defect of modnorm_fx: please report it with the model.",
             )
 
@@ -155,6 +170,7 @@ def _agree(norm: ModularNorm, sensitivities: Sensitivities) -> None:
 def _unused(names: tuple[str, ...], most: int = 8) -> str:
     shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return (
-        f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no output of the model on these inputs and get no norm: {shown}. "
+        f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no output of the model on these inputs "
+        f"and get no norm: {shown}. "
         "If they should train, pass args/kwargs that use them."
     )

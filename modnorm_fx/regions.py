@@ -1,8 +1,8 @@
 """Regions: a piece of the graph that a pass recognised as one operation, kept executable.
 
-A hand-written RMSNorm is five ATen calls. Taken one by one, the product rule counts its input twice. A pass therefore cuts such a
-piece out into a :class:`Region`, a submodule that runs exactly the ops it was cut from, so that the rewritten graph computes the
-same numbers by construction and the rules see one call of one kind.
+A hand-written RMSNorm is five ATen calls. Taken one by one, the product rule counts its input twice. A pass therefore
+cuts such a piece out into a :class:`Region`, a submodule that runs exactly the ops it was cut from, so that the
+rewritten graph computes the same numbers by construction and the rules see one call of one kind.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def extract(
 ) -> fx.Node:
     """Cuts ``inside`` (which ends in ``output``) out into a Region and calls it in place of ``output``.
 
-    Nodes of ``inside`` that others use as well stay behind for them. ``inputs`` names the outer nodes the rules speak of, the
-    activation first; other outer nodes that the piece reads are passed along as ``extra0``, ... Returns the call node, which takes
-    over the output's meta.
+    Nodes of ``inside`` that others use as well stay behind for them. ``inputs`` names the outer nodes the rules speak
+    of, the activation first; other outer nodes that the piece reads are passed along as ``extra0``, ... Returns the
+    call node, which takes over the output's meta.
     """
     members = sorted(set(inside))  # fx nodes compare by their place in the graph
     known = set(members) | set(inputs.values())
@@ -74,4 +74,3 @@ def extract(
         if not node.users:
             module.graph.erase_node(node)
     return call
-

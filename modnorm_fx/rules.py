@@ -1,7 +1,8 @@
 """What a local rule is: the scale of an op's output and its sensitivity to each tensor operand.
 
-A rule is a short function of a :class:`Call` that returns a :class:`Local`. It lives in a :class:`RuleTable` with its status and
-source, and says for operands that can be a weight which atom the weight then is. Arguments go by the names of the op's schema.
+A rule is a short function of a :class:`Call` that returns a :class:`Local`. It lives in a :class:`RuleTable` with its
+status and source, and says for operands that can be a weight which atom the weight then is. Arguments go by the names
+of the op's schema.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from .regions import Region
 
 __all__ = ["Call", "Local", "Rule", "RuleTable", "Operand", "STATUSES", "op_key", "operands"]
 
-#: ``exact``: equality, reached. ``bound``: never exceeded. ``typical``: expected value on Gaussian inputs of the tracked
-#: scales. ``declared``: a choice, with its reason. ``sampled``: estimated by running the op (never in a table).
+#: ``exact``: equality, reached. ``bound``: never exceeded. ``typical``: expected value on Gaussian inputs of the
+#: tracked scales. ``declared``: a choice, with its reason. ``sampled``: estimated by running the op (never in a
+#: table).
 STATUSES = ("exact", "bound", "typical", "declared", "sampled")
 
 #: An operand: the schema's argument name, and the index within a list argument (``cat``'s tensors), else None.
@@ -35,8 +37,8 @@ class Local:
 
     Attributes:
         scale: expected RMS of the output's features.
-        sensitivity: per operand name (a list for list arguments), the change of the output per change of the operand, each
-            measured in its own norm: RMS over features for activations, the atom's norm for weights.
+        sensitivity: per operand name (a list for list arguments), the change of the output per change of the operand,
+            each measured in its own norm: RMS over features for activations, the atom's norm for weights.
     """
 
     scale: float
@@ -158,7 +160,8 @@ class RuleTable(Mapping[Any, Rule]):
     ) -> Callable[[RuleFunction], RuleFunction]:
         """Decorator that adds a row for each op.
 
-        Raises ModnormError for a duplicate, an op packet without overload, an in-place op, an unknown status or an empty source.
+        Raises ModnormError for a duplicate, an op packet without overload, an in-place op, an unknown status or an
+        empty source.
         """
 
         def add(function: RuleFunction) -> RuleFunction:
@@ -178,13 +181,17 @@ class RuleTable(Mapping[Any, Rule]):
             names = ", ".join(f"{op}.{o}" for o in op.overloads())
             raise ModnormError(f"A rule needs one overload, and {op} is a packet.", do=f"Name one of {names}.")
         if isinstance(op, OpOverload) and op._schema.is_mutable:
-            raise ModnormError(f"{op} writes into its input.", why="Graphs are functional.", do="Give the rule for the functional op.")
+            raise ModnormError(
+                f"{op} writes into its input.", why="Graphs are functional.", do="Give the rule for the functional op."
+            )
         if op in self._rows:
             raise ModnormError(f"There is already a rule for {op}.", do="Remove one, or use another table.")
         if status not in STATUSES[:-1]:
             raise ModnormError(f"{status!r} is not a status of a rule.", do=f"Use one of {STATUSES[:-1]}.")
         if not source.strip():
-            raise ModnormError(f"The rule for {op} has no source.", do="Cite the paper's section or give the derivation.")
+            raise ModnormError(
+                f"The rule for {op} has no source.", do="Cite the paper's section or give the derivation."
+            )
 
 
 def arguments(node: fx.Node, module: torch.nn.Module) -> tuple[Any, dict[str, Any]]:
@@ -197,7 +204,9 @@ def arguments(node: fx.Node, module: torch.nn.Module) -> tuple[Any, dict[str, An
     target = node.target
     if not isinstance(target, OpOverload):
         names = getattr(target, "argument_names", None)
-        return target, dict(zip(names, node.args, strict=False)) if names else {f"arg{i}": a for i, a in enumerate(node.args)}
+        return target, dict(zip(names, node.args, strict=False)) if names else {
+            f"arg{i}": a for i, a in enumerate(node.args)
+        }
     out: dict[str, Any] = {}
     for i, arg in enumerate(target._schema.arguments):
         if i < len(node.args):

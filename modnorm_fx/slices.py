@@ -10,7 +10,8 @@ __all__ = ["take_slice"]
 
 
 def take_slice(weight: torch.Tensor, axis: int, start: int, stop: int, period: int) -> torch.Tensor:
-    """Entries with ``start <= i % period < stop`` along ``axis``; a view when contiguous (``period`` is the axis' size)."""
+    """Entries with ``start <= i % period < stop`` along ``axis``; a view when contiguous (``period`` is the axis'
+    size)."""
     return Slice(axis, start, stop, period).read(weight)
 
 

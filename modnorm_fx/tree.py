@@ -1,13 +1,15 @@
 """The norm tree: the paper's modules and the recursion over them, and nothing else.
 
-Leaves are atoms (a weight at one use) and bonds (an op without weights). ``Compose`` applies its children one after the other,
-``Tuple`` applies them to the same input and joins, ``Power`` is a Compose of copies of one block, ``Dag`` holds the rare piece of a
-network that is neither. Every module has a mass and a sensitivity (arXiv 2405.14813, section 3); ``allot`` hands a target norm down:
+Leaves are atoms (a weight at one use) and bonds (an op without weights). ``Compose`` applies its children one after
+the other, ``Tuple`` applies them to the same input and joins, ``Power`` is a Compose of copies of one block, ``Dag``
+holds the rare piece of a network that is neither. Every module has a mass and a sensitivity (arXiv 2405.14813,
+section 3); ``allot`` hands a target norm down:
 
     Compose M_n ∘ ... ∘ M_1:  T·share(m_i, m) / (μ_n ··· μ_{i+1})  to M_i;   μ = Π μ_i;   m = Σ m_i
     Tuple (M_1, ..., M_n):    T·share(m_i, m)                      to M_i;   μ = add(μ_i); m = Σ m_i
 
-with the convention's ``add`` and ``share`` (both linear in the paper). A Dag sweeps from its sink: ``S(v) = add(μ_e·S(u))``.
+with the convention's ``add`` and ``share`` (both linear in the paper). A Dag sweeps from its sink: ``S(v) =
+add(μ_e·S(u))``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,21 @@ from functools import cached_property
 from .atoms import Atom
 from .conventions import Convention
 
-__all__ = ["Node", "AtomNode", "Bond", "Compose", "Tuple", "Power", "Dag", "Allotment", "allot", "compose", "leaves", "map_atoms", "signature"]
+__all__ = [
+    "Node",
+    "AtomNode",
+    "Bond",
+    "Compose",
+    "Tuple",
+    "Power",
+    "Dag",
+    "Allotment",
+    "allot",
+    "compose",
+    "leaves",
+    "map_atoms",
+    "signature",
+]
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,8 @@ class Compose(Node):
 
 @dataclass(frozen=True)
 class Power(Compose):
-    """A Compose of ``count`` copies of one block, each with weights and numbers of its own. ``parts`` holds the copies."""
+    """A Compose of ``count`` copies of one block, each with weights and numbers of its own. ``parts`` holds the
+    copies."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,9 @@ class Dag(Node):
         found[-1] = 1.0
         for v in reversed(range(len(self.vertices) - 1)):
             found[v] = convention.add(
-                module.sensitivity(convention) * self.vertices[b].sensitivity(convention) * found[b] for a, b, module in self.edges if a == v
+                module.sensitivity(convention) * self.vertices[b].sensitivity(convention) * found[b]
+                for a, b, module in self.edges
+                if a == v
             )
         return found
 
@@ -155,7 +174,8 @@ def compose(*parts: Node) -> Node:
 
 @dataclass(frozen=True)
 class Allotment:
-    """What the recursion hands an atom: its share of the budget and the sensitivity of the output to the atom's output."""
+    """What the recursion hands an atom: its share of the budget and the sensitivity of the output to the atom's
+    output."""
 
     node: AtomNode
     share: float
@@ -189,7 +209,9 @@ def _allot(node: Node, share: float, sensitivity: float, convention: Convention)
     elif isinstance(node, Dag):
         below = node.downstream(convention)
         for v, vertex in enumerate(node.vertices):
-            yield from _allot(vertex, share * convention.share(vertex.mass, node.mass), sensitivity * below[v], convention)
+            yield from _allot(
+                vertex, share * convention.share(vertex.mass, node.mass), sensitivity * below[v], convention
+            )
         for _, b, module in node.edges:
             s = sensitivity * below[b] * node.vertices[b].sensitivity(convention)
             yield from _allot(module, share * convention.share(module.mass, node.mass), s, convention)
@@ -224,5 +246,9 @@ def signature(node: Node) -> tuple:
     if isinstance(node, Bond):
         return ("bond", node.name)
     if isinstance(node, Dag):
-        return ("Dag", tuple(signature(v) for v in node.vertices), tuple((a, b, signature(m)) for a, b, m in node.edges))
+        return (
+            "Dag",
+            tuple(signature(v) for v in node.vertices),
+            tuple((a, b, signature(m)) for a, b, m in node.edges),
+        )
     return (type(node).__name__, tuple(signature(child) for child in node.children))

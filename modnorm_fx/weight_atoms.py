@@ -1,6 +1,7 @@
 """From the use of a weight to its atom: one short function per role that rules name in their ``weights``.
 
-To add a role, copy a neighbour: it gets a :class:`Site` and returns an Atom, or raises WeightError saying what it cannot describe.
+To add a role, copy a neighbour: it gets a :class:`Site` and returns an Atom, or raises WeightError saying what it
+cannot describe.
 """
 
 from __future__ import annotations
@@ -51,14 +52,20 @@ class Site:
         return self.size == self.shape and self.view.is_contiguous()
 
     def arranged(self, make) -> Atom:
-        """``make(shape)`` for the operand as the op sees it, wrapped in the arrangement of the stored entries if they differ."""
+        """``make(shape)`` for the operand as the op sees it, wrapped in the arrangement of the stored entries if they
+        differ."""
         if self.is_whole:
             return make(self.shape)
         if 0 in self.view.stride() and self.view.numel() > 1:
             return make(self.shape)
         order = sorted(range(self.view.dim()), key=lambda d: (self.view.shape[d] > 1, -self.view.stride(d)))
         stored = tuple(self.size[d] for d in order)
-        return Reshaped(shape=self.shape, inner=make(self.size), stored=stored, permute=tuple(order.index(d) for d in range(len(order))))
+        return Reshaped(
+            shape=self.shape,
+            inner=make(self.size),
+            stored=stored,
+            permute=tuple(order.index(d) for d in range(len(order))),
+        )
 
     def refuse_maps(self, what: str) -> None:
         curved = [t for t in self.through if t not in HARMLESS]
@@ -71,7 +78,8 @@ class Site:
 
 
 def _matrix(site: Site, transposed: bool) -> Atom:
-    """A matrix operand of shape [out, in], or [in, out] when ``transposed``; more leading axes are a stack of matrices."""
+    """A matrix operand of shape [out, in], or [in, out] when ``transposed``; more leading axes are a stack of
+    matrices."""
     site.refuse_maps("matrix")
     if site.view.dim() == 1:
         return Gain(site.shape) if transposed else Bias(site.shape)
@@ -120,7 +128,11 @@ def conv(site: Site) -> Atom:
         value = list(value) if isinstance(value, list | tuple) else [default if value is None else value]
         return tuple(int(v) for v in value) * (len(kernel) if len(value) == 1 else 1)
 
-    patches = per_axis("stride", 1) == tuple(kernel) and not any(per_axis("padding", 0)) and set(per_axis("dilation", 1)) == {1}
+    patches = (
+        per_axis("stride", 1) == tuple(kernel)
+        and not any(per_axis("padding", 0))
+        and set(per_axis("dilation", 1)) == {1}
+    )
     if patches and groups == 1 and not transposed and any(k > 1 for k in kernel):
         return site.arranged(PatchConv)
     return site.arranged(lambda shape: Conv(shape, groups=groups, transposed=transposed))
@@ -180,7 +192,11 @@ def table(site: Site) -> Atom:
     whole = torch.empty(site.shape, device="meta")
     axes = []
     for d in features:
-        match = [a for a, (n, s) in enumerate(zip(whole.shape, whole.stride(), strict=True)) if s == site.view.stride(d) and n == site.size[d]]
+        match = [
+            a
+            for a, (n, s) in enumerate(zip(whole.shape, whole.stride(), strict=True))
+            if s == site.view.stride(d) and n == site.size[d]
+        ]
         if not match:
             return site.arranged(lambda shape: Table(shape, feature_axes=tuple(features)))
         axes.append(match[0])
@@ -188,7 +204,8 @@ def table(site: Site) -> Atom:
 
 
 def source(site: Site) -> Atom:
-    """A parameter that feeds an ordinary op as an input would (learned queries, latents): a table over its last axis."""
+    """A parameter that feeds an ordinary op as an input would (learned queries, latents): a table over its last
+    axis."""
     return Table(site.shape, feature_axes=(len(site.shape) - 1,)) if site.shape else Scalar(site.shape)
 
 

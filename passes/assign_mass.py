@@ -1,7 +1,8 @@
 """Pass: how much each weight should contribute to the change of the output.
 
-Stem 1, head 1, all stacks together ``stacks``; within the stacks equal shares per stack, per block, per weight. A net without stacks
-gives every matrix mass 1, as the paper does. Doubling the depth leaves every total as it is (arXiv 2405.14813, section 3.1).
+Stem 1, head 1, all stacks together ``stacks``; within the stacks equal shares per stack, per block, per weight. A net
+without stacks gives every matrix mass 1, as the paper does. Doubling the depth leaves every total as it is (arXiv
+2405.14813, section 3.1).
 
 Assumes places. Promises finite, non-negative masses, not all zero.
 """
@@ -16,19 +17,22 @@ from modnorm_fx.errors import MassError
 from .find_stacks import Place
 from .type_atoms import Weight
 
-#: Share of a gain or bias relative to a matrix of the same block. Vectors are a few per block and steer all features at once; a
-#: tenth keeps their part of the budget small without freezing them. A choice, not a derivation.
+#: Share of a gain or bias relative to a matrix of the same block. Vectors are a few per block and steer all features
+#: at once; a tenth keeps their part of the budget small without freezing them. A choice, not a derivation.
 VECTOR_SHARE = 0.1
-#: Total mass of stem, head and stacks. Equal parts: the measured optimum of the stacks' mass for the tracked convention lies
-#: between 0.5 and 2 and is flat. The paper's own nets use 1 (MLP), 20 (CNN) and 5 (GPT).
+#: Total mass of stem, head and stacks. Equal parts: the measured optimum of the stacks' mass for the tracked
+#: convention lies between 0.5 and 2 and is flat. The paper's own nets use 1 (MLP), 20 (CNN) and 5 (GPT).
 TOTALS = {"stem": 1.0, "stacks": 1.0, "head": 1.0}
 
 
-def assign_mass(weights: Sequence[Weight], places: Mapping[str, tuple[Place, ...]], masses: Mapping[str, float] | None = None) -> dict[str, float]:
+def assign_mass(
+    weights: Sequence[Weight], places: Mapping[str, tuple[Place, ...]], masses: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Mass of every weight by key.
 
     Args:
-        masses: overrides: ``stem``, ``stacks``, ``head`` (totals), ``vectors`` (share of a vector relative to a matrix).
+        masses: overrides: ``stem``, ``stacks``, ``head`` (totals), ``vectors`` (share of a vector relative to a
+        matrix).
 
     Raises:
         MassError: a mass is negative or not finite, or all are zero.
@@ -36,7 +40,11 @@ def assign_mass(weights: Sequence[Weight], places: Mapping[str, tuple[Place, ...
     given = dict(masses or {})
     for name, value in given.items():
         if not (isinstance(value, int | float) and 0 <= value < float("inf")):
-            raise MassError(f"The mass of {name!r} is {value!r}.", why="a mass is a finite number, zero or more", do="Correct masses=.")
+            raise MassError(
+                f"The mass of {name!r} is {value!r}.",
+                why="a mass is a finite number, zero or more",
+                do="Correct masses=.",
+            )
     vectors = given.get("vectors", VECTOR_SHARE)
     totals = TOTALS | {k: v for k, v in given.items() if k in TOTALS}
     share = {w.key: 1.0 if any(atom.is_matrix for _, _, atom in w.uses) else vectors for w in weights}

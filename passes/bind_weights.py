@@ -1,7 +1,8 @@
 """Pass: where each parameter meets a signal, and as which slice and arrangement of its entries.
 
-Assumes a functional graph with its flow. Promises a :class:`WeightUse` for every operand of a signal node that is a weight; ties
-need nothing special, because a tied parameter is one placeholder. A parameter whose view cannot be followed is an error.
+Assumes a functional graph with its flow. Promises a :class:`WeightUse` for every operand of a signal node that is a
+weight; ties need nothing special, because a tied parameter is one placeholder. A parameter whose view cannot be
+followed is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from modnorm_fx.rules import Operand, RuleTable, arguments, operands
 from modnorm_fx.slices import take_slice
 
 from .canonicalize import aten
-from .flow import ARITHMETIC, COPIES, Flow
+from .flow import ARITHMETIC, Flow
 from .layout import replay, sliced
 
 
@@ -55,7 +56,9 @@ class _Value:
     through: tuple[str, ...]
 
 
-def bind_weights(module: fx.GraphModule, inputs: tuple[Input, ...], flow: Flow, *, rules: RuleTable) -> tuple[WeightUse, ...]:
+def bind_weights(
+    module: fx.GraphModule, inputs: tuple[Input, ...], flow: Flow, *, rules: RuleTable
+) -> tuple[WeightUse, ...]:
     """All uses, in graph order. Raises WeightError where a parameter's entries are rearranged beyond following."""
     names = {entry.node: entry.name for entry in inputs if entry.kind == "parameter"}
     values: dict[fx.Node, _Value | None] = {}
@@ -73,11 +76,23 @@ def bind_weights(module: fx.GraphModule, inputs: tuple[Input, ...], flow: Flow, 
                     value = values[source]
                     if value is None:
                         raise _lost(node, names[flow.parameters[source]], source)
-                    uses.append(WeightUse(node, operand, names[flow.parameters[source]], value.slices, value.shape, value.view, value.through))
+                    uses.append(
+                        WeightUse(
+                            node,
+                            operand,
+                            names[flow.parameters[source]],
+                            value.slices,
+                            value.shape,
+                            value.view,
+                            value.through,
+                        )
+                    )
     return tuple(uses)
 
 
-def _follow(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, _Value | None], flow: Flow, rules: RuleTable) -> _Value | None:
+def _follow(
+    module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, _Value | None], flow: Flow, rules: RuleTable
+) -> _Value | None:
     (source,) = [s for s in node.all_input_nodes if flow.weight(s)]
     value = values[source]
     if value is None:
@@ -86,15 +101,24 @@ def _follow(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, _Value 
         return _take(value, Slice(*node.args[1:]))
     if node.target is aten.index.Tensor:  # rows looked up at fixed places: for the atom it is the table itself
         return _Value(value.slices, value.shape, value.view, value.through + ("index",))
+    key, _ = arguments(node, module)
+    row = rules.get(key)
+    if (
+        "index" in value.through and row is not None and row.view
+    ):  # the arrangement of looked-up rows is no longer the table's
+        return value
     view = replay(node, value.view, rules)
     if isinstance(view, torch.Tensor):
         return _Value(value.slices, value.shape, view, value.through)
     if isinstance(view, tuple | list):
         return _Value(value.slices, value.shape, view, value.through)  # type: ignore[arg-type]
-    key, _ = arguments(node, module)
-    row = rules.get(key)
     if key in ARITHMETIC or (row is not None and row.pointwise):
-        return _Value(value.slices, value.shape, value.view, value.through + (str(node.target).split(".")[-2] if "." in str(node.target) else "map",))
+        return _Value(
+            value.slices,
+            value.shape,
+            value.view,
+            value.through + (str(node.target).split(".")[-2] if "." in str(node.target) else "map",),
+        )
     return None
 
 
@@ -103,7 +127,11 @@ def _take(value: _Value, part: Slice) -> _Value | None:
         return None
     whole = torch.empty(value.shape, device="meta")
     if tuple(value.view.shape) != value.shape or value.view.stride() != whole.stride():
-        if value.view.dim() == 2 and tuple(value.view.t().shape) == value.shape and value.view.t().stride() == whole.stride():
+        if (
+            value.view.dim() == 2
+            and tuple(value.view.t().shape) == value.shape
+            and value.view.t().stride() == whole.stride()
+        ):
             part = Slice(1 - part.axis, part.start, part.stop, part.period)  # a slice of the transpose
             taken = part.read(whole)
             return _Value(value.slices + (part,), tuple(taken.shape), torch.empty(taken.shape, device="meta").t(), ())
@@ -113,7 +141,8 @@ def _take(value: _Value, part: Slice) -> _Value | None:
 
 
 def resolve(use: WeightUse) -> WeightUse:
-    """Turns a view that covers one block of the part into a slice of the parameter, so that two uses of two blocks are two weights."""
+    """Turns a view that covers one block of the part into a slice of the parameter, so that two uses of two blocks
+    are two weights."""
     whole = torch.empty(use.shape, device="meta")
     found = sliced(use.view, whole)
     if found is None:
@@ -128,7 +157,8 @@ def resolve(use: WeightUse) -> WeightUse:
 
 
 def _restride(view: torch.Tensor, whole: torch.Tensor, part: torch.Tensor) -> tuple[int, ...]:
-    """Strides of the view over the part, given those over the whole: an axis' stride is replaced by the part's stride of that axis."""
+    """Strides of the view over the part, given those over the whole: an axis' stride is replaced by the part's stride
+    of that axis."""
     strides = []
     for s in view.stride():
         axis = next((a for a, w in enumerate(whole.stride()) if s >= w and whole.shape[a] > 1), None)
@@ -140,6 +170,6 @@ def _lost(node: fx.Node, parameter: str, through: fx.Node) -> WeightError:
     return WeightError(
         f"The entries of parameter {parameter!r} are rearranged beyond following before {node.target} uses them.",
         where=where(node),
-        why=f"the value passes through {through.target}, which is neither a view, a slice nor a known reparametrisation",
-        do="Please report the model; as a workaround leave the parameter out of the optimizer and pass unknown='sample'.",
+        why=f"the value passes through {through.target}, neither a view, a slice nor a known reparametrisation",
+        do="Please report the model (no part of it was changed).",
     )

@@ -9,7 +9,9 @@ from torch import fx
 
 aten = torch.ops.aten
 
-CASTS = frozenset({aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.alias.default})
+CASTS = frozenset(
+    {aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.alias.default}
+)
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -24,7 +26,8 @@ def strip(node: object, *through: object) -> object:
 
 
 def cone(output: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Everything ``output`` is computed from, down to the nodes where ``stop`` holds: (inside, frontier), in graph order."""
+    """Everything ``output`` is computed from, down to the nodes where ``stop`` holds: (inside, frontier), in graph
+    order."""
     inside: set[fx.Node] = set()
     frontier: set[fx.Node] = set()
     todo = [output]

@@ -1,7 +1,7 @@
 """Pass: which axes of each value are features, the rest being positions (batch, token, pixel).
 
-Needed where an op treats the two differently: joining along features is not joining along positions, and a vector added along
-features is a bias where one added along positions is a table. Heads and head size are both features.
+Needed where an op treats the two differently: joining along features is not joining along positions, and a vector
+added along features is a bias where one added along positions is a table. Heads and head size are both features.
 
 Assumes shapes on every node. Promises a set of axes for every float node.
 """
@@ -19,8 +19,17 @@ from .flow import Flow, is_float
 CONVS = frozenset({aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
 LINEARS = frozenset({aten.linear.default, aten.addmm.default, aten.embedding.default})
 MATMULS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default})
-RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int})
-SPATIAL = frozenset({aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.group_norm.default, aten.instance_norm.default})
+RESHAPES = frozenset(
+    {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
+)
+SPATIAL = frozenset(
+    {
+        aten.batch_norm.default,
+        aten._native_batch_norm_legit_no_training.default,
+        aten.group_norm.default,
+        aten.instance_norm.default,
+    }
+)
 
 Axes = frozenset[int]
 
@@ -36,7 +45,11 @@ def feature_axes(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> dic
         except AttributeError:
             continue
         if node.op == "placeholder":
-            axes[node] = frozenset({1}) if rank >= 3 and flow.signal(node) and _feeds_conv(node) else frozenset({rank - 1} if rank else ())
+            axes[node] = (
+                frozenset({1})
+                if rank >= 3 and flow.signal(node) and _feeds_conv(node)
+                else frozenset({rank - 1} if rank else ())
+            )
         else:
             axes[node] = frozenset(a for a in _of(module, node, axes, flow) if 0 <= a < rank)
     return axes
@@ -60,7 +73,9 @@ def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: 
     key, args = arguments(node, module)
     rank = len(shape_of(node))
     last = frozenset({rank - 1})
-    inputs = [n for _, n in operands(args) if n in axes and not flow.weight(n)] or [n for _, n in operands(args) if n in axes]
+    inputs = [n for _, n in operands(args) if n in axes and not flow.weight(n)] or [
+        n for _, n in operands(args) if n in axes
+    ]
     if not inputs or key in LINEARS:
         return last
     if key in CONVS or key in SPATIAL:
@@ -74,7 +89,15 @@ def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: 
     if key is aten.unsqueeze.default:
         at = int(args["dim"]) % rank
         return frozenset(a + (a >= at) for a in x)
-    if key in (aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.mean.dim, aten.sum.dim_IntList, aten.amax.default):
+    if key in (
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.select.int,
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.amax.default,
+    ):
         return _dropped(before, rank, args, x)
     if key is aten.unbind.int:
         return _dropped(before, rank, args, x)
@@ -84,7 +107,9 @@ def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: 
     if key in MATMULS and len(inputs) > 1:
         right = axes[inputs[1]]
         shift = rank - len(shape_of(inputs[1]))
-        return frozenset(a + rank - len(before) for a in x if a != len(before) - 1) | frozenset(a + shift for a in right if a == len(shape_of(inputs[1])) - 1)
+        return frozenset(a + rank - len(before) for a in x if a != len(before) - 1) | frozenset(
+            a + shift for a in right if a == len(shape_of(inputs[1])) - 1
+        )
     if key == "attention" or key is aten.scaled_dot_product_attention.default:
         value = args["value"]
         return axes[value]
@@ -97,7 +122,8 @@ def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: 
 
 
 def regroup(before: tuple[int, ...], after: tuple[int, ...], axes: Axes) -> Axes:
-    """Feature axes after a reshape: axes are grouped where running products agree; a group is features if a part of it was."""
+    """Feature axes after a reshape: axes are grouped where running products agree; a group is features if a part of
+    it was."""
     if 0 in before:
         return frozenset({len(after) - 1})
     out: set[int] = set()

@@ -1,11 +1,13 @@
 """Pass: where each weight sits: in the stem, in a block of a repeated stack, or in the head.
 
-A stack is a run of numbered siblings of one class (``h.0, h.1, ...``; ``layer1, layer2, ...``); the outermost numbering counts, so a
-stage of a convolutional net is one block. Numbered layers that are not containers (``fc1, fc2`` or a ``Sequential`` of Linears) form
-a stack where consecutive ones hold weights of equal shapes. A single container in a ``ModuleList`` is a stack of one, so that depth 1
-is treated as depth 2 is. What lies between two stacks is one more block of the later one.
+A stack is a run of numbered siblings of one class (``h.0, h.1, ...``; ``layer1, layer2, ...``); the outermost
+numbering counts, so a stage of a convolutional net is one block. Numbered layers that are not containers (``fc1,
+fc2`` or a ``Sequential`` of Linears) form a stack where consecutive ones hold weights of equal shapes. A single
+container in a ``ModuleList`` is a stack of one, so that depth 1 is treated as depth 2 is. What lies between two
+stacks is one more block of the later one.
 
-Assumes typed weights. Promises one :class:`Place` or more for every weight: a tied embedding is in the stem and in the head. The total mass of all stacks then does not depend on depth.
+Assumes typed weights. Promises one :class:`Place` or more for every weight: a tied embedding is in the stem and in
+the head. The total mass of all stacks then does not depend on depth.
 """
 
 from __future__ import annotations
@@ -119,7 +121,9 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _reach(graph: fx.Graph, users: Mapping[fx.Node, set[str]]) -> tuple[dict[fx.Node, set[str]], dict[fx.Node, set[str]]]:
+def _reach(
+    graph: fx.Graph, users: Mapping[fx.Node, set[str]]
+) -> tuple[dict[fx.Node, set[str]], dict[fx.Node, set[str]]]:
     """Stacks upstream of and downstream of every node."""
     above: dict[fx.Node, set[str]] = {}
     below: dict[fx.Node, set[str]] = {}

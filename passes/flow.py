@@ -1,11 +1,12 @@
 """Pass: where values come from. Every node is a signal, a weight, or exogenous.
 
-* *signal*: depends on a float input of the user or on data mixed with weights; it carries norms.
-* *weight*: one parameter, seen through views, casts and reparametrisations (``1 + w``, ``-exp(w)``), before it meets a signal.
-* *exogenous*: constants, buffers, integer inputs and whatever is computed from those alone (masks, positions, rotary tables).
+* *signal*: depends on a float input of the user or on data mixed with weights; it carries norms. * *weight*: one
+parameter, seen through views, casts and reparametrisations (``1 + w``, ``-exp(w)``), before it meets a signal. *
+*exogenous*: constants, buffers, integer inputs and whatever is computed from those alone (masks, positions, rotary
+tables).
 
-Assumes a functional graph. Promises: each node has exactly one kind; a parameter that meets another parameter or enters an op
-that no weight-side op explains makes that op a signal (a *learned source*), never a guess.
+Assumes a functional graph. Promises: each node has exactly one kind; a parameter that meets another parameter or
+enters an op that no weight-side op explains makes that op a signal (a *learned source*), never a guess.
 """
 
 from __future__ import annotations
@@ -47,9 +48,28 @@ class Flow:
 
 
 #: ops with a weight and numbers (or exogenous tensors) that leave it one weight: ``1 + w``, ``-w``, ``w / 2``.
-ARITHMETIC = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.rsub.Scalar, aten.mul.Scalar})
+ARITHMETIC = frozenset(
+    {
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.add.Scalar,
+        aten.rsub.Scalar,
+        aten.mul.Scalar,
+    }
+)
 #: ops that keep the entries and their order.
-COPIES = frozenset({aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.alias.default, aten.detach.default})
+COPIES = frozenset(
+    {
+        aten.clone.default,
+        aten.contiguous.default,
+        aten._to_copy.default,
+        aten.to.dtype,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
 
 
 def is_float(node: fx.Node) -> bool:

@@ -1,8 +1,8 @@
 """Pass: from the graph of signals to the norm tree.
 
-The signals with their local sensitivities are a graph with one entry and one exit. Series and parallel reduction turns chains into
-``Compose`` and parallel paths into ``Tuple``; where that stalls, the smallest piece with one entry and one exit becomes a ``Dag``
-and reduction goes on. Repeated blocks in a chain become ``Power``.
+The signals with their local sensitivities are a graph with one entry and one exit. Series and parallel reduction
+turns chains into ``Compose`` and parallel paths into ``Tuple``; where that stalls, the smallest piece with one entry
+and one exit becomes a ``Dag`` and reduction goes on. Repeated blocks in a chain become ``Power``.
 
 Assumes scales and masses. Promises a tree whose recursion gives what the reverse sweep gives.
 """
@@ -40,12 +40,16 @@ def fold_tree(
     return fold_repeats(_reduce(graph))
 
 
-def _signal_graph(module, flow: Flow, weights: Sequence[Weight], scales: Scales, sensitivities: Sensitivities, masses) -> nx.MultiDiGraph:
+def _signal_graph(
+    module, flow: Flow, weights: Sequence[Weight], scales: Scales, sensitivities: Sensitivities, masses
+) -> nx.MultiDiGraph:
     atoms: dict[fx.Node, list[AtomNode]] = defaultdict(list)
     for w in weights:
         for i, (node, operand, atom) in enumerate(w.uses):
             gain, status = scales.local[node][operand], scales.status[node]
-            atoms[node].append(AtomNode(w.key, i, atom, gain, masses[w.key] / len(w.uses), scales.initial[w.key, i], status))
+            atoms[node].append(
+                AtomNode(w.key, i, atom, gain, masses[w.key] / len(w.uses), scales.initial[w.key, i], status)
+            )
     graph = nx.MultiDiGraph(order={w.key: i for i, w in enumerate(weights)})
     graph.add_node(ENTRY, module=IDENTITY)
     graph.add_node(EXIT, module=IDENTITY)
@@ -74,7 +78,18 @@ def _bond(name: str, value: float, status: str) -> Node:
 
 
 #: bonds that are shown even where their sensitivity is 1: they are what a reader looks for
-SHOWN = frozenset({"layer_norm", "rms_norm", "batch_norm", "group_norm", "attention", "scaled_dot_product_attention", "mean_subtract", "rotary"})
+SHOWN = frozenset(
+    {
+        "layer_norm",
+        "rms_norm",
+        "batch_norm",
+        "group_norm",
+        "attention",
+        "scaled_dot_product_attention",
+        "mean_subtract",
+        "rotary",
+    }
+)
 
 
 def _name(key: object) -> str:
@@ -82,7 +97,7 @@ def _name(key: object) -> str:
     return text.name.split("::")[-1] if text is not None else getattr(key, "__name__", str(key))
 
 
-# --- series-parallel reduction ------------------------------------------------------------------------------------------------
+# --- series-parallel reduction --------------------------------------------------------------------------------------
 
 
 def _reduce(graph: nx.MultiDiGraph) -> Node:
@@ -102,7 +117,12 @@ def _merge_parallel(graph: nx.MultiDiGraph, a, b) -> None:
     if len(edges) < 2:
         return
     order = graph.graph["order"]
-    parts = tuple(sorted((data["module"] for data in edges.values()), key=lambda m: min((order[n.key] for n in leaves(m)), default=-1)))
+    parts = tuple(
+        sorted(
+            (data["module"] for data in edges.values()),
+            key=lambda m: min((order[n.key] for n in leaves(m)), default=-1),
+        )
+    )
     graph.remove_edges_from([(a, b, k) for k in list(edges)])
     graph.add_edge(a, b, module=Tuple(parts))
 
@@ -145,7 +165,11 @@ def _collapse_smallest(graph: nx.MultiDiGraph) -> list:
         touched |= inside
         vertices = [a, *sorted(inside, key=order.__getitem__), b]
         index = {v: i for i, v in enumerate(vertices)}
-        edges = [(index[u], index[v], m) for u, v, m in graph.out_edges([a, *inside], data="module") if u in inside or v in inside]
+        edges = [
+            (index[u], index[v], m)
+            for u, v, m in graph.out_edges([a, *inside], data="module")
+            if u in inside or v in inside
+        ]
         modules = [IDENTITY, *(graph.nodes[v]["module"] for v in vertices[1:-1]), IDENTITY]
         graph.remove_nodes_from(inside)
         graph.add_edge(a, b, module=Dag(tuple(modules), tuple(sorted(edges, key=lambda e: e[:2]))))
@@ -164,7 +188,7 @@ def _inside(graph: nx.MultiDiGraph, a, b) -> set:
     return inside
 
 
-# --- repeated blocks ----------------------------------------------------------------------------------------------------------
+# --- repeated blocks ------------------------------------------------------------------------------------------------
 
 
 def fold_repeats(node: Node) -> Node:
@@ -172,7 +196,9 @@ def fold_repeats(node: Node) -> Node:
     if isinstance(node, Tuple):
         return Tuple(tuple(fold_repeats(child) for child in node.parts), node.join)
     if isinstance(node, Dag):
-        return Dag(tuple(fold_repeats(v) for v in node.vertices), tuple((a, b, fold_repeats(m)) for a, b, m in node.edges))
+        return Dag(
+            tuple(fold_repeats(v) for v in node.vertices), tuple((a, b, fold_repeats(m)) for a, b, m in node.edges)
+        )
     if not isinstance(node, Compose):
         return node
     parts = [fold_repeats(child) for child in node.parts]
@@ -203,7 +229,10 @@ def _longest_run(ids: Sequence[int], start: int) -> tuple[int, int]:
     rest = len(ids) - start
     for period in range(1, rest // 2 + 1):
         count = 1
-        while start + (count + 1) * period <= len(ids) and ids[start : start + period] == ids[start + count * period : start + (count + 1) * period]:
+        while (
+            start + (count + 1) * period <= len(ids)
+            and ids[start : start + period] == ids[start + count * period : start + (count + 1) * period]
+        ):
             count += 1
         if count > 1 and period * count > best[0] * best[1]:
             best = (period, count)

@@ -1,8 +1,9 @@
 """Pass (rewrite): a scalar function spelled in several ops becomes one call.
 
-GELU written with ``tanh`` and ``pow``, ``x * sigmoid(x)``, squared ReLU: every entry of the output is a function of the same entry
-of one signal. The region is later run on quadrature nodes, so no name is needed. Single functions and plain multiples are left
-alone: they have rules of their own. A sum with something that is not a function of the same signal (a residual) ends a region.
+GELU written with ``tanh`` and ``pow``, ``x * sigmoid(x)``, squared ReLU: every entry of the output is a function of
+the same entry of one signal. The region is later run on quadrature nodes, so no name is needed. Single functions and
+plain multiples are left alone: they have rules of their own. A sum with something that is not a function of the same
+signal (a residual) ends a region.
 
 Assumes a functional graph and its flow. Promises the same outputs.
 """
@@ -17,7 +18,16 @@ from modnorm_fx.rules import RuleTable, op_key
 from .canonicalize import aten, is_call, number, shape
 from .flow import Flow
 
-LINEAR = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.rsub.Scalar, aten.mul.Scalar, aten.div.Scalar)
+LINEAR = (
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.add.Scalar,
+    aten.rsub.Scalar,
+    aten.mul.Scalar,
+    aten.div.Scalar,
+)
 
 
 def fuse_pointwise(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> int:

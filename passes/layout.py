@@ -1,7 +1,8 @@
 """Views as data: what a chain of view ops does to a tensor, read off sizes, strides and offset of a meta tensor.
 
-A view is a box of indices: ``size``, ``stride`` and ``offset`` into contiguous storage. Running the graph's own view ops on a meta
-tensor therefore tells which entries of a weight (or features of an output) reach a node, exactly and without touching data.
+A view is a box of indices: ``size``, ``stride`` and ``offset`` into contiguous storage. Running the graph's own view
+ops on a meta tensor therefore tells which entries of a weight (or features of an output) reach a node, exactly and
+without touching data.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .flow import COPIES
 
 
 def replay(node: fx.Node, value: Any, rules: RuleTable) -> Any | None:
-    """The view that ``node`` makes of ``value`` (its first argument), or None if it is not a view or would have to copy."""
+    """The view that ``node`` makes of ``value`` (its first argument), or None if it is not a view or would have to
+    copy."""
     if node.op != "call_function":
         return None
     if node.target in COPIES:
@@ -51,7 +53,8 @@ def canonical(t: torch.Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def feature_slice(t: torch.Tensor, stride: int, count: int) -> Slice | str:
-    """Which features a view of an output covers. Features are ``count`` indices that lie ``stride`` apart in the output.
+    """Which features a view of an output covers. Features are ``count`` indices that lie ``stride`` apart in the
+    output.
 
     Returns a Slice along axis 0 (period = count when contiguous), ``"all"``, or ``"irregular"``.
     """
@@ -82,7 +85,8 @@ def feature_slice(t: torch.Tensor, stride: int, count: int) -> Slice | str:
 
 
 def sliced(t: torch.Tensor, whole: torch.Tensor) -> tuple[Slice, ...] | None:
-    """The slice of ``whole`` (contiguous) that the view ``t`` covers: () for all of it, None if it is no block along one axis."""
+    """The slice of ``whole`` (contiguous) that the view ``t`` covers: () for all of it, None if it is no block along
+    one axis."""
     entries = canonical(t)
     if entries == canonical(whole):
         return ()

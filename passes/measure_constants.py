@@ -1,7 +1,7 @@
 """Pass: root mean square of constants that the graph itself computes (from ``arange``, ``full``, numbers).
 
-Buffers and inputs are not read, so that a model on the meta device gives the same norm as one with weights. Entries that act as
-masks (-inf, or the most negative float) are left out: they select, they do not shift.
+Buffers and inputs are not read, so that a model on the meta device gives the same norm as one with weights. Entries
+that act as masks (-inf, or the most negative float) are left out: they select, they do not shift.
 """
 
 from __future__ import annotations

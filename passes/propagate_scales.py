@@ -1,10 +1,11 @@
 """Pass: the scale of every signal, forward, and with it each op's local sensitivities.
 
-Assumes typed weights. Promises, for every signal node, its expected RMS and, for each of its signal or weight operands, the change
-of the node per change of the operand. Under ``paper`` every scale is 1. Weights count as norm 1 by declaration, biases and logit
-biases as 0 (they start there), tables at the scale of what they are added to or joined with; an embedding that is tied to a head is
-declared at 1/√d, which is its row norm when the head has norm 1 (and all embeddings of its width with it: a larger one would drown
-it). An op without a rule is sampled or refused; all refusals are raised together.
+Assumes typed weights. Promises, for every signal node, its expected RMS and, for each of its signal or weight
+operands, the change of the node per change of the operand. Under ``paper`` every scale is 1. Weights count as norm 1
+by declaration, biases and logit biases as 0 (they start there), tables at the scale of what they are added to or
+joined with; an embedding that is tied to a head is declared at 1/√d, which is its row norm when the head has norm 1
+(and all embeddings of its width with it: a larger one would drown it). An op without a rule is sampled or refused;
+all refusals are raised together.
 """
 
 from __future__ import annotations
@@ -76,7 +77,15 @@ def propagate_scales(
         key, args = arguments(node, module)
         wanted = [(op, n) for op, n in operands(args) if is_float(n) and (flow.signal(n) or flow.weight(n))]
         scales = _operand_scales(node, operands(args), facts, atoms, tied, constants, convention, flow)
-        call = Call(node, args, scales, axes, convention, frozenset(op[0] for op, n in wanted if flow.weight(n)), frozenset(averages & set(node.all_input_nodes)))
+        call = Call(
+            node,
+            args,
+            scales,
+            axes,
+            convention,
+            frozenset(op[0] for op, n in wanted if flow.weight(n)),
+            frozenset(averages & set(node.all_input_nodes)),
+        )
         if getattr(node.target, "__name__", "") == "getitem":
             local, status = Local(call.scale("arg0"), {"arg0": 1.0}), "exact"
         elif key in rules and node not in sampled_weights:
@@ -93,22 +102,32 @@ def propagate_scales(
         found = {op: local.of(op) for op, _ in wanted}
         missing = [op for op, value in found.items() if value is None]
         if missing and status != "sampled":
-            failures.append(f"{_unknown(node)}: its rule says nothing of operand {', '.join(str(op[0]) for op in missing)}")
+            failures.append(
+                f"{_unknown(node)}: its rule says nothing of operand {', '.join(str(op[0]) for op in missing)}"
+            )
         facts.local[node] = {op: value or 0.0 for op, value in found.items()}
         facts.scale[node] = local.scale if convention.tracks_scales else 1.0
         facts.status[node] = status
-        if key in SOFTMAX or (key in rules and (rules[key].view or key in AVERAGE_KEEPERS) and any(s in averages for s in node.all_input_nodes)):
+        if key in SOFTMAX or (
+            key in rules
+            and (rules[key].view or key in AVERAGE_KEEPERS)
+            and any(s in averages for s in node.all_input_nodes)
+        ):
             averages.add(node)
     if failures:
         raise UnknownOpError(
-            f"{len(failures)} operation{'s have' if len(failures) > 1 else ' has'} no rule:" + "".join(f"\n    {line}" for line in sorted(set(failures))),
+            f"{len(failures)} operation{'s have' if len(failures) > 1 else ' has'} no rule:"
+            + "".join(f"\n    {line}" for line in sorted(set(failures))),
             why="the sensitivity of the output to what lies before such an operation would be a guess",
-            do="Add a rule (see CONTRIBUTING.md)" + (", or pass unknown='sample' to estimate it by running the op." if unknown == "error" else "."),
+            do="Add a rule (see CONTRIBUTING.md)"
+            + (", or pass unknown='sample' to estimate it by running the op." if unknown == "error" else "."),
         )
     return facts
 
 
-AVERAGE_KEEPERS = frozenset({aten.clone.default, aten.dropout.default, aten._to_copy.default, aten.masked_fill.Scalar, aten.where.self})
+AVERAGE_KEEPERS = frozenset(
+    {aten.clone.default, aten.dropout.default, aten._to_copy.default, aten.masked_fill.Scalar, aten.where.self}
+)
 
 
 def _operand_scales(node, found, facts, atoms, tied, constants, convention, flow) -> dict[fx.Node, float]:

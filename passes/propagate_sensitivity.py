@@ -1,8 +1,9 @@
 """Pass: the sensitivity of the output to every signal, in one reverse sweep.
 
-``S(output) = 1 / scale(output)``, so that a norm of 1 is a relative change of the output, and ``S(v) = Σ_{users u} ℓ(u, v)·S(u)``
-with the convention's sum: the paper's product over compositions and sum over tuples, unrolled to a sum over paths. On graphs that
-fold to trees without Dag nodes this equals the tree's own recursion; both are computed and compared.
+``S(output) = 1 / scale(output)``, so that a norm of 1 is a relative change of the output, and ``S(v) = Σ_{users u}
+ℓ(u, v)·S(u)`` with the convention's sum: the paper's product over compositions and sum over tuples, unrolled to a sum
+over paths. On graphs that fold to trees without Dag nodes this equals the tree's own recursion; both are computed and
+compared.
 
 Assumes scales. Promises ``S`` for every signal that reaches an output, and the gain ``ℓ_w·S`` of every use of a weight.
 """
@@ -25,7 +26,8 @@ from .type_atoms import Weight
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """``of``: signal node -> S. ``gains``: (weight key, use index) -> change of the output per unit of the weight's norm."""
+    """``of``: signal node -> S. ``gains``: (weight key, use index) -> change of the output per unit of the weight's
+    norm."""
 
     of: dict[fx.Node, float]
     gains: dict[tuple[str, int], float]
@@ -56,6 +58,8 @@ def propagate_sensitivity(
             if flow.signal(source) and operand in scales.local[node]:
                 paths[source].append(scales.local[node][operand] * found[node])
     gains = {
-        (w.key, i): scales.local[node][operand] * found.get(node, 0.0) for w in weights for i, (node, operand, _) in enumerate(w.uses)
+        (w.key, i): scales.local[node][operand] * found.get(node, 0.0)
+        for w in weights
+        for i, (node, operand, _) in enumerate(w.uses)
     }
     return Sensitivities(found, gains)

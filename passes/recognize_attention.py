@@ -1,7 +1,7 @@
 """Pass (rewrite): softmax attention written out, ``softmax(q kᵀ · c + mask) v``, becomes one call.
 
-Scales before or after the mask, casts, dropout, views and exogenous masks are looked through. Attention with a learned bias or a
-soft cap stays as it is: its parts have rules of their own that give the same numbers.
+Scales before or after the mask, casts, dropout, views and exogenous masks are looked through. Attention with a
+learned bias or a soft cap stays as it is: its parts have rules of their own that give the same numbers.
 
 Assumes a functional graph and its flow. Promises the same outputs.
 """
@@ -17,7 +17,14 @@ from .flow import Flow
 
 MATMULS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
-VIEWS = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default, aten.dropout.default, *CASTS)
+VIEWS = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.reshape.default,
+    aten.dropout.default,
+    *CASTS,
+)
 MASKS = (aten.add.Tensor, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
 
 
@@ -46,7 +53,11 @@ def _attention(output: fx.Node, flow: Flow):
 
     weights, value = output.args[:2]
     softmax = through(weights, *VIEWS)
-    if not is_call(softmax, *SOFTMAX) or softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1) or not flow.signal(value):
+    if (
+        not is_call(softmax, *SOFTMAX)
+        or softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1)
+        or not flow.signal(value)
+    ):
         return None
     inside.append(softmax)
     node, factor = softmax.args[0], 1.0

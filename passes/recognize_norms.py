@@ -1,10 +1,11 @@
 """Pass (rewrite): norm layers written out by hand become one call.
 
-``x * rsqrt(mean(x²) + ε)``, ``x / sqrt(mean(x²) + ε)``, ``x / ‖x‖`` become ``rms_norm``; ``(x - mean) / sqrt(var + ε)`` becomes
-``layer_norm``; ``x - mean(x)`` becomes ``mean_subtract``. Axes and epsilons may stand anywhere; casts are looked through.
+``x * rsqrt(mean(x²) + ε)``, ``x / sqrt(mean(x²) + ε)``, ``x / ‖x‖`` become ``rms_norm``; ``(x - mean) / sqrt(var +
+ε)`` becomes ``layer_norm``; ``x - mean(x)`` becomes ``mean_subtract``. Axes and epsilons may stand anywhere; casts
+are looked through.
 
-Assumes a functional ATen graph. Promises the same outputs (the region runs the ops it was cut from). Without it the product rule
-counts x twice, see theory of local rules.
+Assumes a functional ATen graph. Promises the same outputs (the region runs the ops it was cut from). Without it the
+product rule counts x twice, see theory of local rules.
 """
 
 from __future__ import annotations
@@ -152,5 +153,3 @@ def _between(output: fx.Node, start: fx.Node) -> list[fx.Node]:
 
     reaches(output)
     return [node for node, yes in inside.items() if yes and node is not start]
-
-

@@ -1,8 +1,8 @@
 """Pass (rewrite): rotary position embeddings, in any of their spellings, become one call.
 
-``x*cos + rotate_half(x)*sin``, ``cat(x1*cos - x2*sin, x2*cos + x1*sin)``, the interleaved form, the partial form that leaves some
-features alone, and the complex form. What they share: the output is linear in one signal x with exogenous coefficients, has as
-many entries as x, and a sign is flipped on the way.
+``x*cos + rotate_half(x)*sin``, ``cat(x1*cos - x2*sin, x2*cos + x1*sin)``, the interleaved form, the partial form that
+leaves some features alone, and the complex form. What they share: the output is linear in one signal x with exogenous
+coefficients, has as many entries as x, and a sign is flipped on the way.
 
 Assumes a functional graph and its flow. Promises the same outputs.
 """
@@ -17,10 +17,10 @@ from .canonicalize import CASTS, aten, is_call, shape
 from .flow import Flow
 
 MOVES = CASTS | {
-    aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.cat.default, aten.stack.default,
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.select.int,
-    aten.unbind.int, aten.flatten.using_ints, aten.transpose.int, aten.permute.default, aten.view_as_complex.default,
-    aten.view_as_real.default, aten.unflatten.int,
+    aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.cat.default,
+    aten.stack.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.select.int, aten.unbind.int, aten.flatten.using_ints, aten.transpose.int,
+    aten.permute.default, aten.view_as_complex.default, aten.view_as_real.default, aten.unflatten.int,
 }  # fmt: skip
 SIGNS = frozenset({aten.neg.default, aten.sub.Tensor})
 SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})

@@ -1,7 +1,8 @@
 """The fallback for an op without a rule: run it on random inputs of the tracked scales and measure.
 
-The typical sensitivity to an operand x of n entries is ``√(‖J‖_F² / n_y)``: RMS of the output's change per RMS of an independent
-change of x. ``E ‖Jᵀg‖² = ‖J‖_F²`` for a unit Gaussian cotangent g, so one vector-Jacobian product estimates it.
+The typical sensitivity to an operand x of n entries is ``√(‖J‖_F² / n_y)``: RMS of the output's change per RMS of an
+independent change of x. ``E ‖Jᵀg‖² = ‖J‖_F²`` for a unit Gaussian cotangent g, so one vector-Jacobian product
+estimates it.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                 target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
                 result = target(*args, **kwargs)  # type: ignore[operator]
-                results = [r for r in (result if isinstance(result, tuple | list) else (result,)) if isinstance(r, torch.Tensor) and r.requires_grad]
+                results = [
+                    r
+                    for r in (result if isinstance(result, tuple | list) else (result,))
+                    if isinstance(r, torch.Tensor) and r.requires_grad
+                ]
                 if not results:
                     raise SamplingError("no output has a derivative")
                 inputs = [t for t in leaves.values() if t.requires_grad]
-                cotangents = [torch.randn(r.shape, generator=generator, dtype=torch.float32).to(r.dtype) for r in results]
+                cotangents = [
+                    torch.randn(r.shape, generator=generator, dtype=torch.float32).to(r.dtype) for r in results
+                ]
                 slopes = torch.autograd.grad(results, inputs, cotangents, allow_unused=True)
         except SamplingError:
             raise

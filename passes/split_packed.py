@@ -1,8 +1,9 @@
 """Pass (rewrite): a layer whose output is cut into parts becomes one layer per part.
 
-Fused QKV, gate/up and the like are several weights in one tensor; which rows belong together shows only in what happens to the
-output, so it is followed forward through views until it is cut. ``y = W x; q, k, v = y.split(d, -1)`` becomes ``q = W[0:d] x``, ...;
-interleaved layouts give periodic slices. From there on every pass sees ordinary layers whose weights are slices.
+Fused QKV, gate/up and the like are several weights in one tensor; which rows belong together shows only in what
+happens to the output, so it is followed forward through views until it is cut. ``y = W x; q, k, v = y.split(d, -1)``
+becomes ``q = W[0:d] x``, ...; interleaved layouts give periodic slices. From there on every pass sees ordinary layers
+whose weights are slices.
 
 Assumes a functional graph and its flow. Promises the same outputs, up to the rounding of the smaller products.
 """
@@ -34,7 +35,8 @@ LAYERS = {
     aten.conv3d.default: ("weight", 0, 1),
 }
 BIASES = ("bias", "self")
-#: more parts than any fused projection has (q, k, v, gate, ...); beyond it a model loops over heads, and its heads stay one matrix
+#: more parts than any fused projection has (q, k, v, gate, ...); beyond it a model loops over heads, and its heads
+#: stay one matrix
 MOST_PARTS = 8
 
 
@@ -51,8 +53,11 @@ def split_packed(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> int
     return count
 
 
-def _parts(node: fx.Node, module: fx.GraphModule, flow: Flow, rules: RuleTable) -> dict[Slice, list[tuple[fx.Node, torch.Tensor]]] | None:
-    """The slices the output is cut into, and the nodes that hold each; None where it is used whole or cut irregularly."""
+def _parts(
+    node: fx.Node, module: fx.GraphModule, flow: Flow, rules: RuleTable
+) -> dict[Slice, list[tuple[fx.Node, torch.Tensor]]] | None:
+    """The slices the output is cut into, and the nodes that hold each; None where it is used whole or cut
+    irregularly."""
     _, args = arguments(node, module)
     weight, _, axis = LAYERS[node.target]
     if not isinstance(args.get(weight), fx.Node) or flow.exogenous(args[weight]) or flow.signal(args[weight]):
@@ -72,7 +77,9 @@ def _parts(node: fx.Node, module: fx.GraphModule, flow: Flow, rules: RuleTable) 
     return parts
 
 
-def _cuts(node: fx.Node, value: torch.Tensor, rules: RuleTable, stride: int, features: int) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+def _cuts(
+    node: fx.Node, value: torch.Tensor, rules: RuleTable, stride: int, features: int
+) -> Iterator[tuple[fx.Node, torch.Tensor]]:
     """Follows the output through views; yields where it is first cut along features, or first used whole."""
     for user in node.users:
         view = replay(user, value, rules)
@@ -104,7 +111,9 @@ def _overlap(parts: dict[Slice, list], features: int) -> bool:
     return bool((seen > 1).any())
 
 
-def _rewrite(node: fx.Node, module: fx.GraphModule, parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]]) -> list[fx.Node]:
+def _rewrite(
+    node: fx.Node, module: fx.GraphModule, parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]]
+) -> list[fx.Node]:
     graph = module.graph
     _, args = arguments(node, module)
     weight, out_axis, axis = LAYERS[node.target]
@@ -135,11 +144,13 @@ def _take(graph: fx.Graph, weight: fx.Node, axis: int, part: Slice) -> fx.Node:
     return taken
 
 
-def _rebuild(graph: fx.Graph, layer: fx.Node, holder: fx.Node, view: torch.Tensor, part: Slice, shape: tuple[int, ...], axis: int) -> None:
+def _rebuild(
+    graph: fx.Graph, layer: fx.Node, holder: fx.Node, view: torch.Tensor, part: Slice, shape: tuple[int, ...], axis: int
+) -> None:
     """Replaces ``holder`` by the same arrangement of the smaller layer's output: a view, then a permutation.
 
-    ``view`` gives each dimension's stride in the packed output; in the smaller one a feature stride shrinks from periods to parts and
-    a position stride by the share of features kept.
+    ``view`` gives each dimension's stride in the packed output; in the smaller one a feature stride shrinks from
+    periods to parts and a position stride by the share of features kept.
     """
     features, unit = shape[axis], math.prod(shape[axis + 1 :])
     width, kept = part.stop - part.start, _size(part, shape[axis])

@@ -1,7 +1,7 @@
 """Pass: which atom each weight is, from the op that consumes it (never from its name or shape alone).
 
-Assumes bindings and feature axes. Promises one :class:`Weight` per parameter slice, with all its uses; slices of one parameter are
-disjoint. Failures are collected and raised together.
+Assumes bindings and feature axes. Promises one :class:`Weight` per parameter slice, with all its uses; slices of one
+parameter are disjoint. Failures are collected and raised together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from modnorm_fx import weight_atoms
-from modnorm_fx.atoms import Atom, Scalar, Slice
+from modnorm_fx.atoms import Atom, Scalar, Slice, Table
 from modnorm_fx.capture import where
 from modnorm_fx.errors import WeightError
 from modnorm_fx.rules import Operand, RuleTable, arguments
@@ -24,9 +24,10 @@ from .flow import Flow
 
 #: what logits pass through on the way to the softmax
 TO_SOFTMAX = CASTS | {
-    aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther,
-    aten.where.ScalarSelf, aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.tanh.default, aten.constant_pad_nd.default,
+    aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self,
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.view.default, aten._unsafe_view.default, aten.expand.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.slice.Tensor,
+    aten.tanh.default, aten.constant_pad_nd.default,
 }  # fmt: skip
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 
@@ -66,7 +67,9 @@ def type_atoms(
     for use in (resolve(u) for u in uses):
         key, args = arguments(use.node, module)
         rule = rules.get(key)
-        site = Site(use.node, args, use.shape, use.view, use.through, axes.get(use.node, frozenset()), _feeds_softmax(use.node))
+        site = Site(
+            use.node, args, use.shape, use.view, use.through, axes.get(use.node, frozenset()), _feeds_softmax(use.node)
+        )
         sampled = False
         try:
             if rule is None:
@@ -77,20 +80,28 @@ def type_atoms(
             atom = Scalar(use.shape)
             if not sampled:
                 place = where(use.node)
-                failures.append(f"{use.parameter}: {error.what}" + (f" at {place}" if place else "") + (f" ({error.why})" if error.why else ""))
+                failures.append(
+                    f"{use.parameter}: {error.what}"
+                    + (f" at {place}" if place else "")
+                    + (f" ({error.why})" if error.why else "")
+                )
         identity = (use.parameter, use.slices)
         known = weights.get(identity)
         if known is None:
             known = Weight(_name(use, shapes[use.parameter]), use.parameter, use.slices, use.shape, ())
-        weights[identity] = replace(known, uses=known.uses + ((use.node, use.operand, atom),), sampled=known.sampled or sampled)
-    failures += _overlaps(weights)
+        weights[identity] = replace(
+            known, uses=known.uses + ((use.node, use.operand, atom),), sampled=known.sampled or sampled
+        )
+    found = [_whole_table(w, shapes[w.parameter]) for w in weights.values()]
+    failures += _overlaps(found)
     if failures:
         raise WeightError(
-            "No atom describes the use of " + ("this parameter:" if len(failures) == 1 else f"these {len(failures)} parameters:")
+            "No atom describes the use of "
+            + ("this parameter:" if len(failures) == 1 else f"these {len(failures)} parameters:")
             + "".join(f"\n    {line}" for line in failures),
             do="Pass unknown='sample' to estimate their effect, or add a rule (see CONTRIBUTING.md).",
         )  # fmt: skip
-    return tuple(weights.values())
+    return tuple(found)
 
 
 def _name(use: WeightUse, shape: tuple[int, ...]) -> str:
@@ -103,23 +114,46 @@ def _name(use: WeightUse, shape: tuple[int, ...]) -> str:
 
 
 def _feeds_softmax(node: fx.Node, depth: int = 12) -> bool:
-    """Whether the value ends in attention weights: a softmax reached through sums, masks and views, or an attention mask."""
+    """Whether the value ends in attention weights: a softmax reached through sums, masks and views, or an attention
+    mask."""
     if node.target in SOFTMAX:
         return True
     if depth == 0 or node.target not in TO_SOFTMAX:
         return False
     for user in node.users:
-        if user.target is aten.scaled_dot_product_attention.default and (node in user.args[3:4] or user.kwargs.get("attn_mask") is node):
+        if user.target is aten.scaled_dot_product_attention.default and (
+            node in user.args[3:4] or user.kwargs.get("attn_mask") is node
+        ):
             return True
         if _feeds_softmax(user, depth - 1):
             return True
     return False
 
 
-def _overlaps(weights: dict[tuple[str, tuple[Slice, ...]], Weight]) -> list[str]:
+def _whole_table(weight: Weight, shape: tuple[int, ...]) -> Weight:
+    """A position table of which the example inputs reach only the first rows is the whole table: its rows are pieces
+    of their own."""
+    atoms = {atom for _, _, atom in weight.uses}
+    if len(weight.slices) != 1 or weight.slices[0].start != 0 or len(atoms) != 1:
+        return weight
+    (atom,), axis = atoms, weight.slices[0].axis
+    if not isinstance(atom, Table) or axis in {a % len(shape) for a in atom.feature_axes}:
+        return weight
+    whole = Table(shape, feature_axes=atom.feature_axes)
+    return Weight(
+        weight.parameter,
+        weight.parameter,
+        (),
+        shape,
+        tuple((node, operand, whole) for node, operand, _ in weight.uses),
+        weight.sampled,
+    )
+
+
+def _overlaps(weights: list[Weight]) -> list[str]:
     """Parameters used both whole and in slices, or in overlapping slices of different axes."""
     by_parameter: dict[str, list[Weight]] = {}
-    for weight in weights.values():
+    for weight in weights:
         by_parameter.setdefault(weight.parameter, []).append(weight)
     lines = []
     for name, parts in by_parameter.items():

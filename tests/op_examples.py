@@ -1,0 +1,247 @@
+"""An example call for every row of the table, for test_aten_rules."""
+
+from __future__ import annotations
+
+import torch
+from op_calls import Example, T, W
+
+aten = torch.ops.aten
+F = torch.nn.functional
+X, Y = T((6, 8), 0.7), T((6, 8), 1.3)
+IMAGE, VOLUME, SEQUENCE = T((1, 4, 4, 4), 0.7, "sign"), T((1, 2, 2, 4, 4), 0.7, "sign"), T((1, 4, 6), 0.7, "sign")
+MASK = torch.arange(48).reshape(6, 8) % 3 == 0
+HEADS = T((1, 2, 8, 8), 0.7)
+CHANNELS = frozenset({1})
+BATCH = T((32, 4), 0.7)
+STATS = (torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+GAIN4, BIAS4 = W("gain", (4,)), W("bias", (4,))
+
+
+def conv(x: T, weight: W, *rest, **kwargs) -> Example:
+    return Example((x, weight, *rest), kwargs, check="weights", features=CHANNELS)
+
+
+def moves(*args, **kwargs) -> Example:
+    """Every entry of the output is an entry of the input."""
+    return Example(args, kwargs, check="exact_sensitivity")
+
+
+C1, C2, C3 = W("conv", (6, 4, 3)), W("conv", (6, 4, 3, 3)), W("conv", (4, 2, 1, 3, 2))
+EXAMPLES: dict[object, list[Example]] = {
+    aten.linear.default: [
+        Example((T((5, 6), 0.7, "rows"), W("linear", (9, 6)), W("bias", (9,))), check="weights"),
+        Example((T((5, 9), 1.3, "rows"), W("linear", (4, 9))), check="weights"),
+    ],
+    aten.addmm.default: [Example((W("bias", (9,)), T((5, 6), 0.7, "rows"), W("linear_t", (6, 9))), check="weights")],
+    aten.convolution.default: [
+        conv(IMAGE, C2, W("bias", (6,)), [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        conv(IMAGE, W("conv_t", (4, 3, 2, 2)), None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1),
+    ],
+    aten.conv1d.default: [conv(SEQUENCE, C1, None, [2], [1])],
+    aten.conv2d.default: [
+        conv(IMAGE, C2, W("bias", (6,))),
+        conv(IMAGE, W("conv", (4, 2, 3, 3), groups=2), None, [1, 1], [1, 1], [1, 1], 2),
+        conv(IMAGE, W("conv", (4, 1, 3, 3), groups=4), None, [1, 1], [2, 2], [2, 2], 4),
+    ],
+    aten.conv3d.default: [conv(VOLUME, C3)],
+    aten.conv1d.padding: [conv(SEQUENCE, C1, None, [1], "same")],
+    aten.conv2d.padding: [conv(IMAGE, C2, None, [1, 1], "valid")],
+    aten.conv3d.padding: [conv(VOLUME, C3, None, [1, 1, 1], "same")],
+    aten.conv_transpose1d.default: [conv(SEQUENCE, W("conv_t", (4, 3, 2)), W("bias", (3,)))],
+    aten.conv_transpose2d.input: [conv(IMAGE, W("conv_t", (4, 3, 2, 2)), None, [2, 2])],
+    aten.conv_transpose3d.input: [conv(VOLUME, W("conv_t", (2, 3, 1, 2, 2)))],
+    aten.embedding.default: [Example((W("embedding", (11, 8)), torch.tensor([[3, 1], [0, 3]])), check="weights")],
+    aten.matmul.default: [
+        Example((T((4, 16), 0.7), T((16, 5), 1.3))),
+        Example((T((5, 6), 0.7, "rows"), W("linear_t", (6, 9))), check="weights"),
+        Example((torch.full((4, 16), 1 / 16).double(), T((16, 5), 1.3)), check="not_exceeded", averages=(0,)),
+    ],
+    aten.mm.default: [
+        Example((T((4, 16), 0.7), T((16, 5), 1.3))),
+        Example((T((6, 8), 0.7, "rows"), W("linear_t", (8, 3))), check="weights"),
+    ],
+    aten.bmm.default: [
+        Example((T((2, 4, 16), 0.7), T((2, 16, 5), 1.3))),
+        Example((T((3, 4, 6), 0.7, "rows"), W("experts_t", (3, 6, 5))), check="weights"),
+    ],
+    aten.scaled_dot_product_attention.default: [
+        Example((HEADS, HEADS, T((1, 2, 8, 8), 1.3)), check="not_exceeded"),
+        Example(
+            (T((1, 1, 8, 16)), T((1, 1, 8, 16)), T((1, 1, 8, 4), 0.5), T((8, 8))), {"scale": 0.2}, check="not_exceeded"
+        ),
+    ],
+    aten.add.Tensor: [
+        Example((X, Y)),
+        Example((X, Y), {"alpha": -2}),
+        Example((X, 1.7)),
+        Example((X, 1.7), {"alpha": 2}),
+        Example((X, Y), {"alpha": 0}),
+    ],
+    aten.sub.Tensor: [Example((X, Y)), Example((X, Y), {"alpha": 0.5}), Example((X, 0.4))],
+    aten.add.Scalar: [Example((X, 2.0))],
+    aten.sub.Scalar: [Example((X, 2.0))],
+    aten.rsub.Scalar: [Example((X, 1.0)), Example((X, 1.0, 3.0))],
+    aten.mul.Tensor: [
+        Example((X, Y)),
+        Example((X, -3.0)),
+        Example((T((6, 8), 0.7, "rows"), W("gain", (8,))), check="weights"),
+    ],
+    aten.mul.Scalar: [Example((X, -3.0), scale=False)],
+    aten.div.Scalar: [Example((X, -3.0), scale=False)],
+    aten.div.Tensor: [Example((X, T((6, 8), 1.3, "sign"))), Example((X, 4.0))],
+    aten.neg.default: [Example((T((6, 8), 0.7, "rows"),))],
+    aten.abs.default: [Example((T((6, 8), 0.7, "rows"),))],
+    aten.mean.dim: [Example((X, [-1]), check="average"), Example((X, [0], True), check="average")],
+    aten.mean.default: [Example((X,), check="average", features=frozenset())],
+    aten.avg_pool1d.default: [Example((SEQUENCE, [2]), check="average")],
+    aten.avg_pool2d.default: [Example((IMAGE, [2, 2]), check="average")],
+    aten.avg_pool3d.default: [Example((VOLUME, [2, 2, 2]), check="average")],
+    aten.adaptive_avg_pool1d.default: [Example((SEQUENCE, [3]), check="average")],
+    aten._adaptive_avg_pool2d.default: [Example((IMAGE, [2, 2]), check="average")],
+    aten.adaptive_avg_pool2d.default: [Example((IMAGE, [1, 1]), check="average")],
+    aten.adaptive_avg_pool3d.default: [Example((VOLUME, [1, 2, 2]), check="average")],
+    aten.max_pool1d.default: [Example((T((1, 4, 6)), [2]), check="exact_sensitivity")],
+    aten.max_pool2d.default: [Example((T((1, 4, 4, 4)), [2, 2]), check="exact_sensitivity")],
+    aten.max_pool3d.default: [Example((T((1, 2, 2, 4, 4)), [2, 2, 2]), check="exact_sensitivity")],
+    aten.adaptive_max_pool2d.default: [Example((T((1, 4, 4, 4)), [2, 2]), check="exact_sensitivity")],
+    aten.max_pool2d_with_indices.default: [Example((T((1, 4, 4, 4)), [2, 2]), check="exact_sensitivity")],
+    aten.amax.default: [Example((X, [-1]), check="exact_sensitivity")],
+    aten.amin.default: [Example((X, [-1]), check="exact_sensitivity")],
+    aten.max.dim: [Example((X, 1), check="exact_sensitivity")],
+    aten.maximum.default: [Example((X, Y), check="not_exceeded")],
+    aten.minimum.default: [Example((X, Y), check="not_exceeded")],
+    aten.sum.dim_IntList: [Example((X, [0])), Example((X, [-2, -1])), Example((X, None))],
+    aten.sum.default: [Example((X,))],
+    # rearrangements
+    aten.clone.default: [moves(X)],
+    aten.contiguous.default: [moves(X)],
+    aten.alias.default: [moves(X)],
+    aten._to_copy.default: [moves(X, dtype=torch.float64)],
+    aten.to.dtype: [moves(X, torch.float64)],
+    aten.to.device: [moves(X, torch.device("cpu"), torch.float64)],
+    aten.lift_fresh_copy.default: [moves(X)],
+    aten.detach.default: [Example((X,), check="skip")],  # a choice: the derivative is cut, the norm is not
+    aten.dropout.default: [moves(X, 0.5, False)],
+    aten.native_dropout.default: [moves(X, 0.5, False)],
+    aten.roll.default: [moves(X, [1], [0])],
+    aten.flip.default: [moves(X, [1])],
+    aten.repeat.default: [moves(X, [2, 1])],
+    aten.constant_pad_nd.default: [Example((X, [1, 1]), check="not_exceeded")],
+    aten.pad.default: [Example((X, [1, 1]), check="not_exceeded"), moves(T((1, 2, 8)), [2, 2], mode="reflect")],
+    aten.pixel_shuffle.default: [moves(IMAGE, 2)],
+    aten.pixel_unshuffle.default: [moves(IMAGE, 2)],
+    aten.upsample_nearest2d.vec: [moves(IMAGE, None, [2.0, 2.0])],
+    aten.upsample_bilinear2d.vec: [Example((IMAGE, [8, 8], False, None), check="average")],
+    aten.upsample_bicubic2d.vec: [Example((IMAGE, [6, 6], False, None), check="average")],
+    aten.gather.default: [moves(X, 1, torch.tensor([[0, 5], [2, 2]]))],
+    aten.index_select.default: [moves(X, 0, torch.tensor([4, 4, 1]))],
+    aten.unfold.default: [moves(X, 1, 4, 2)],
+    aten.im2col.default: [
+        moves(IMAGE, [2, 2], [1, 1], [0, 0], [1, 1]),
+        Example((IMAGE, [3, 3], [1, 1], [1, 1], [1, 1]), check="not_exceeded"),
+    ],
+    aten.repeat_interleave.self_int: [moves(X, 2, 1)],
+    aten.channel_shuffle.default: [moves(IMAGE, 2)],
+    aten.view.default: [moves(X, [2, 24])],
+    aten._unsafe_view.default: [moves(X, [2, 24])],
+    aten.reshape.default: [moves(X, [-1])],
+    aten.transpose.int: [moves(X, 0, 1)],
+    aten.permute.default: [moves(X, [1, 0])],
+    aten.t.default: [moves(X)],
+    aten.unsqueeze.default: [moves(X, 1)],
+    aten.squeeze.default: [moves(T((6, 1, 8)))],
+    aten.squeeze.dim: [moves(T((6, 1, 8)), 1)],
+    aten.squeeze.dims: [moves(T((6, 1, 8, 1)), [1, 3])],
+    aten.expand.default: [moves(T((6, 1)), [6, 8])],
+    aten.flatten.using_ints: [moves(X)],
+    aten.unflatten.int: [moves(X, 1, [2, 4])],
+    aten.slice.Tensor: [moves(X, 1, 2, 7, 2)],
+    aten.select.int: [moves(X, 0, 3)],
+    aten.narrow.default: [moves(X, 1, 2, 3)],
+    aten.split.Tensor: [moves(X, 4, 1)],
+    aten.split_with_sizes.default: [moves(X, [3, 5], 1)],
+    aten.chunk.default: [moves(X, 3, 1)],
+    aten.unbind.int: [moves(X, 1)],
+    aten.movedim.intlist: [moves(X, [0], [1])],
+    aten.swapaxes.default: [moves(X, 0, 1)],
+    aten.numpy_T.default: [moves(X)],
+    aten.mT.default: [moves(X)],
+    aten.index.Tensor: [moves(X, [torch.tensor([0, 3, 3])])],
+    # masks
+    aten.masked_fill.Scalar: [Example((T((6, 8), 0.7, "sign"), MASK, 0.0))],
+    aten.masked_fill.Tensor: [Example((T((6, 8), 0.7, "sign"), MASK, torch.tensor(0.0).double()))],
+    aten.tril.default: [Example((T((6, 8), 0.7, "sign"),))],
+    aten.triu.default: [Example((T((6, 8), 0.7, "sign"), 1))],
+    aten.where.self: [Example((MASK, T((6, 8), 0.7, "sign"), T((6, 8), 1.3, "sign")))],
+    aten.where.ScalarOther: [Example((MASK, T((6, 8), 0.7, "sign"), 0.0))],
+    aten.where.ScalarSelf: [Example((MASK, 0.0, T((6, 8), 0.7, "sign")))],
+    # joining
+    aten.cat.default: [
+        Example(([T((6, 2), 0.7, "sign"), T((6, 6), 1.3, "sign")], 1)),
+        Example(([T((2, 8), 0.7, "sign"), T((6, 8), 1.3, "sign")],), check="positions"),
+        Example(([T((1, 2, 3, 3), 0.7, "sign"), T((1, 6, 3, 3), 1.3, "sign")], 1), features=CHANNELS),
+    ],
+    aten.stack.default: [
+        Example(([T((6, 8), 0.7, "sign"), T((6, 8), 1.3, "sign")], -1)),
+        Example(([T((6, 8), 0.7, "sign"), T((6, 8), 1.3, "sign")],), check="positions"),
+    ],
+    # norm layers
+    aten.layer_norm.default: [
+        Example((T((3, 64), 0.7), [64])),
+        Example((T((3, 64), 0.7), [64], W("gain", (64,)), W("bias", (64,)))),
+    ],
+    aten.rms_norm.default: [Example((T((3, 64), 1.7), [64])), Example((T((3, 64), 1.7), [64], W("gain", (64,))))],
+    aten.group_norm.default: [Example((T((2, 4, 16), 1.7), 2), features=CHANNELS)],
+    aten.instance_norm.default: [
+        Example((T((1, 4, 32), 0.7), None, None, None, None, True, 0.1, 1e-5, False), features=CHANNELS)
+    ],
+    aten.batch_norm.default: [Example((BATCH, GAIN4, BIAS4, *STATS, True, 0.1, 1e-5, False), check="typical")],
+    aten._native_batch_norm_legit_no_training.default: [
+        Example(
+            (BATCH, GAIN4, BIAS4, *STATS, 0.1, 1e-5),
+            check="typical",
+            run=lambda x, w, b, m, v, momentum, eps: F.batch_norm(x, m, v, w, b, True, momentum, eps),
+        )
+    ],
+    aten._native_batch_norm_legit_functional.default: [
+        Example(
+            (BATCH, GAIN4, BIAS4, *STATS, True, 0.1, 1e-5),
+            check="typical",
+            run=lambda x, w, b, m, v, train, momentum, eps: F.batch_norm(x, m, v, w, b, train, momentum, eps),
+        )
+    ],
+    aten.native_batch_norm.default: [Example((BATCH, GAIN4, BIAS4, *STATS, True, 0.1, 1e-5), check="typical")],
+    aten.cudnn_batch_norm.default: [
+        Example(
+            (BATCH, GAIN4, BIAS4, *STATS, True, 0.1, 1e-5),
+            check="typical",
+            run=lambda x, w, b, m, v, train, momentum, eps: F.batch_norm(x, m, v, w, b, train, momentum, eps),
+        )
+    ],
+    # the rest
+    aten.relu.default: [Example((T((6, 8), 0.7, "pairs"),))],
+    aten.rsqrt.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
+    aten.sqrt.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
+    aten.reciprocal.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
+    aten.log.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
+    aten.log1p.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
+    aten.softmax.int: [Example((X, -1), check="not_exceeded")],
+    aten._softmax.default: [Example((X, -1, False), check="not_exceeded")],
+    aten.log_softmax.int: [Example((X, -1), check="not_exceeded", scale=False)],
+    aten.glu.default: [Example((T((6, 16), 0.7),)), Example((T((6, 16), 2.0), 1))],
+    aten.prelu.default: [Example((T((16, 4)), torch.full((4,), 0.25).double()), features=CHANNELS)],
+}
+#: scalar functions, with their further arguments; checked on a grid
+POINTWISE: dict[object, list[tuple]] = {
+    **{
+        getattr(aten, name).default: [()]
+        for name in (
+            "gelu silu sigmoid tanh elu celu selu mish softplus leaky_relu hardswish hardsigmoid hardtanh relu6 exp exp2 expm1 sin cos erf "
+            "square log_sigmoid atan".split()
+        )
+    },
+    aten.clamp.default: [(-0.4, 0.9), (None, 0.5)],
+    aten.clamp_min.default: [(0.0,), (-0.3,)],
+    aten.clamp_max.default: [(0.6,)],
+    aten.pow.Tensor_Scalar: [(2,), (3.0,)],
+}

@@ -1,0 +1,115 @@
+"""The stages of a conversion one by one, for tests of single passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modnorm_fx.passes.flow import Flow, classify_flow
+from modnorm_fx.passes.fuse_pointwise import fuse_pointwise
+from modnorm_fx.passes.recognize_attention import recognize_attention
+from modnorm_fx.passes.recognize_norms import recognize_norms
+from modnorm_fx.passes.recognize_rotary import recognize_rotary
+from modnorm_fx.passes.split_packed import split_packed
+from torch import Tensor, fx, nn
+
+from modnorm_fx import ATEN
+from modnorm_fx.capture import Captured, capture
+from modnorm_fx.regions import Region
+from modnorm_fx.rules import RuleTable
+
+torch.set_num_threads(1)
+
+#: the rewriting passes, in the pipeline's order
+REWRITES = ("norms", "rotary", "attention", "pointwise", "packed")
+
+
+class Fn(nn.Module):
+    """A function of signals as a model with a parameter (that it adds at the end, so that there is one)."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, *args: Tensor) -> Any:
+        out = self.function(*args)
+        return tuple(o + self.anchor for o in out) if isinstance(out, tuple | list) else out + self.anchor
+
+
+@dataclass
+class Staged:
+    """A captured model whose graph the passes rewrite."""
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    captured: Captured
+    rules: RuleTable
+
+    @property
+    def module(self) -> fx.GraphModule:
+        return self.captured.graph_module
+
+    def flow(self) -> Flow:
+        return classify_flow(self.module, self.captured.inputs, rules=self.rules)
+
+    def rewrite(self, *names: str) -> dict[str, int]:
+        """Runs rewriting passes and says how often each fired."""
+        run = {
+            "norms": lambda: recognize_norms(self.module),
+            "rotary": lambda: recognize_rotary(self.module, self.flow()),
+            "attention": lambda: recognize_attention(self.module, self.flow()),
+            "pointwise": lambda: fuse_pointwise(self.module, self.flow(), rules=self.rules),
+            "packed": lambda: split_packed(self.module, self.flow(), rules=self.rules),
+        }
+        counts = {name: int(run[name]()) for name in names}
+        self.module.graph.lint()
+        self.module.recompile()
+        return counts
+
+    def regions(self) -> list[Region]:
+        calls = [n for n in self.module.graph.nodes if n.op == "call_module"]
+        return [self.module.get_submodule(str(n.target)) for n in calls]
+
+    def kinds(self) -> list[str]:
+        return [region.kind for region in self.regions()]
+
+    def targets(self) -> list[Any]:
+        return [n.target for n in self.module.graph.nodes if n.op == "call_function"]
+
+    def error(self) -> float:
+        """Largest difference between the graph's outputs and the model's, relative to the size of the output."""
+        with torch.no_grad():
+            wanted = [v for v in torch.utils._pytree.tree_leaves(self.model(*self.inputs)) if isinstance(v, Tensor)]
+        found = [v for v in self.captured(self.model, *self.inputs) if isinstance(v, Tensor)]
+        assert len(wanted) == len(found)
+        return max(float((a - b).abs().max() / (b.abs().max() + 1e-12)) for a, b in zip(found, wanted, strict=True))
+
+
+def stage(model: nn.Module | Callable[..., Any], *inputs: Any, rules: RuleTable = ATEN) -> Staged:
+    """Captures a model, or a function of signals."""
+    model = model if isinstance(model, nn.Module) else Fn(model)
+    model.eval()
+    return Staged(model, inputs, capture(model, inputs), rules)
+
+
+def first_region(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Region, list[Tensor]]:
+    """The first region that the passes find in a function, and the values of what it reads besides its input."""
+    staged = stage(function, x)
+    staged.rewrite(*REWRITES)
+    call = next(n for n in staged.module.graph.nodes if n.op == "call_module")
+    values: dict[fx.Node, Any] = {}
+
+    class Keep(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            values[n] = super().run_node(n)
+            return values[n]
+
+    by_kind = {"user": x, "parameter": torch.zeros(())}
+    constants = staged.captured.constants
+    Keep(staged.module).run(
+        *(constants[i.name] if i.kind == "constant" else by_kind[i.kind] for i in staged.captured.inputs)
+    )
+    return staged.module.get_submodule(str(call.target)), [values[n] for n in call.args[1:]]

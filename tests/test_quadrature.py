@@ -1,0 +1,101 @@
+"""Gaussian moments against closed forms, and against a finer grid with finite differences."""
+
+import math
+
+import pytest
+import torch
+
+from modnorm_fx.errors import ModnormError
+from modnorm_fx.quadrature import NODES, gaussian_moments
+
+SCALES = (1e-3, 0.1, 1.0, 4.0)
+
+
+def grid_moments(function, scale: float, n: int = 60_001) -> tuple[float, float]:
+    """The same two numbers by the trapezoidal rule; the slope by central differences."""
+    z = torch.linspace(-12, 12, n, dtype=torch.float64)
+    density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    step = 1e-6 * scale
+    slope = (function(scale * z + step) - function(scale * z - step)) / (2 * step)
+    return tuple(float(torch.trapezoid(density * v.square(), z).sqrt()) for v in (function(scale * z), slope))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_polynomials_are_exact(scale: float):
+    assert gaussian_moments(lambda x: 3 * x, scale) == pytest.approx((3 * scale, 3.0), rel=1e-12)
+    assert gaussian_moments(lambda x: x**2, scale) == pytest.approx((math.sqrt(3) * scale**2, 2 * scale), rel=1e-12)
+    assert gaussian_moments(lambda x: x**3, scale) == pytest.approx(
+        (math.sqrt(15) * scale**3, math.sqrt(27) * scale**2)
+    )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_smooth_functions_in_closed_form(scale: float):
+    value, slope = gaussian_moments(torch.sin, scale)
+    assert value == pytest.approx(math.sqrt((1 - math.exp(-2 * scale**2)) / 2), rel=1e-8)
+    assert slope == pytest.approx(math.sqrt((1 + math.exp(-2 * scale**2)) / 2), rel=1e-8)
+    if scale <= 1:
+        assert gaussian_moments(torch.exp, scale) == pytest.approx((math.exp(scale**2),) * 2, rel=1e-8)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_relu_is_half(scale: float):
+    assert gaussian_moments(torch.relu, scale) == pytest.approx((scale / math.sqrt(2), 1 / math.sqrt(2)), rel=1e-12)
+
+
+def test_nodes_avoid_the_kink_at_zero():
+    assert NODES % 2 == 0
+
+
+KINKED = {
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "hardswish": torch.nn.functional.hardswish,
+    "hardsigmoid": torch.nn.functional.hardsigmoid,
+    "hardtanh": torch.nn.functional.hardtanh,
+    "relu6": torch.nn.functional.relu6,
+    "abs": torch.abs,
+    "clamp": lambda x: x.clamp(-0.3, 1.7),
+}
+SMOOTH = {
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": torch.nn.functional.softplus,
+    "mish": torch.nn.functional.mish,
+}
+
+
+@pytest.mark.parametrize("scale", (0.1, 1.0, 4.0))
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_functions_against_a_grid(name: str, scale: float):
+    assert gaussian_moments(SMOOTH[name], scale) == pytest.approx(grid_moments(SMOOTH[name], scale), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", (0.1, 1.0, 4.0))
+@pytest.mark.parametrize("name", KINKED)
+def test_kinked_functions_against_a_grid(name: str, scale: float):
+    assert gaussian_moments(KINKED[name], scale) == pytest.approx(grid_moments(KINKED[name], scale), rel=1e-3, abs=1e-9)
+
+
+def test_points_without_a_value_are_left_out():
+    """sqrt on a positive quantity: the half of a Gaussian."""
+    value, slope = gaussian_moments(torch.sqrt, 1.0)
+    assert value == pytest.approx((2 / math.pi) ** 0.25, rel=1e-3)
+    assert math.isfinite(slope)
+
+
+def test_a_function_without_values_is_an_error():
+    with pytest.raises(ModnormError, match="no finite value"):
+        gaussian_moments(lambda x: torch.full_like(x, math.nan), 1.0)
+
+
+def test_constants_and_detached_functions_have_no_slope():
+    assert gaussian_moments(lambda x: torch.full_like(x, 2.0), 1.0) == pytest.approx((2.0, 0.0))
+    assert gaussian_moments(lambda x: x.detach() * 1.0, 1.0) == pytest.approx((1.0, 0.0))
+
+
+def test_it_works_under_no_grad_and_leaves_grad_mode_alone():
+    with torch.no_grad():
+        assert gaussian_moments(torch.tanh, 1.0)[1] > 0
+        assert not torch.is_grad_enabled()
