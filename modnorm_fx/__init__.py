@@ -10,7 +10,8 @@ declare_missing_ops()
 from .aten_rules import ATEN  # noqa: E402
 from .errors import ModnormError  # noqa: E402
 from .norm import Leaf, ModularNorm  # noqa: E402
+from .optim import ModularOptimizer  # noqa: E402
 from .pipeline import convert  # noqa: E402
 
-__all__ = ["ATEN", "Leaf", "ModnormError", "ModularNorm", "convert"]
+__all__ = ["ATEN", "Leaf", "ModnormError", "ModularNorm", "ModularOptimizer", "convert"]
 __version__ = "0.1.0"

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="modnorm-fx", description="The modular norm of PyTorch models.")
     parser.add_argument("--version", action="version", version=f"modnorm-fx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    model = _model_options()
+    add = partial(commands.add_parser, parents=[_model_options()])
 
-    inspect = commands.add_parser("inspect", parents=[model], help="print the norm tree of a model")
+    inspect = add("inspect", usage="modnorm-fx inspect SPEC [options]", help="print the norm tree of a model")
     inspect.add_argument("--html", metavar="FILE", type=Path, help="also write it as one HTML page")
     inspect.add_argument("--json", metavar="FILE", type=Path, help="also save the norm, for ModularNorm.load")
     inspect.add_argument("--flat", action="store_true", help="print every leaf on a line of its own")
     inspect.set_defaults(run=_inspect)
 
-    explain = commands.add_parser("explain", parents=[model], help="print one stage of the conversion")
+    explain = add(
+        "explain", usage="modnorm-fx explain SPEC --stage STAGE [options]", help="print one stage of the conversion"
+    )
     explain.add_argument("--stage", required=True, choices=STAGES, help="the stage")
     explain.set_defaults(run=_explain)
 
-    train = commands.add_parser("train", parents=[model], help="train a causal language model or an image classifier")
+    train = add(
+        "train", usage="modnorm-fx train SPEC [options]", help="train a causal language model or an image classifier"
+    )
     train.add_argument("--data", metavar="FILE", type=Path, help="text for language models (default: Python's sources)")
     train.add_argument("--steps", type=_count, default=100, metavar="N", help="default: %(default)s")
     train.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
@@ -109,8 +114,14 @@ def _model_options() -> argparse.ArgumentParser:
     names = [TRACKED.name, PAPER.name]
     options.add_argument("--convention", choices=names, default=TRACKED.name, help="default: %(default)s")
     options.add_argument("--unknown", choices=("sample", "error"), default="sample", help="ops without a rule")
-    options.add_argument("--mass", action="append", type=_mass, default=[], metavar="NAME=VALUE",
-                         help="mass of stem, stacks, head, vectors, a module path or a parameter; repeatable")  # fmt: skip
+    options.add_argument(
+        "--mass",
+        action="append",
+        type=_mass,
+        default=[],
+        metavar="NAME=VALUE",
+        help="mass of stem, stacks, head, vectors, a module path or a parameter; repeatable",
+    )
     options.add_argument("--debug", action="store_true", help="show tracebacks, warnings and log messages")
     return options
 

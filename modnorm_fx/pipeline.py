@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -151,8 +152,9 @@ def convert(
     for path, mass in (masses or {}).items():
         if path not in named:
             norm = norm.tare(path, mass)
-    if norm.unused:
-        warnings.warn(_unused(norm.unused), stacklevel=2)
+    for text in (_unused(norm.unused), _partly_used(norm)):
+        if text:
+            warnings.warn(text, stacklevel=2)
     return norm
 
 
@@ -168,9 +170,26 @@ def _agree(norm: ModularNorm, sensitivities: Sensitivities) -> None:
 
 
 def _unused(names: tuple[str, ...], most: int = 8) -> str:
+    if not names:
+        return ""
     shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return (
         f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no output of the model on these inputs "
         f"and get no norm: {shown}. "
         "If they should train, pass args/kwargs that use them."
+    )
+
+
+def _partly_used(norm: ModularNorm) -> str:
+    """Names parameters of which some entries are in no leaf; the optimizer leaves those entries as they are."""
+    covered: dict[str, int] = defaultdict(int)
+    for leaf in norm.leaves:
+        covered[leaf.weight] += math.prod(leaf.atom.shape)
+    names = [name for name, entries in covered.items() if entries < math.prod(norm.shapes[name])]
+    if not names:
+        return ""
+    keys = [leaf.key for leaf in norm.leaves if leaf.weight in names]
+    return (
+        f"Only parts of {', '.join(names)} reach an output of the model on these inputs: {', '.join(keys)}. "
+        "The other entries get no norm and are not updated."
     )

@@ -51,15 +51,15 @@ def _signal_graph(
                 AtomNode(w.key, i, atom, gain, masses[w.key] / len(w.uses), scales.initial[w.key, i], status)
             )
     graph = nx.MultiDiGraph(order={w.key: i for i, w in enumerate(weights)})
-    graph.add_node(ENTRY, module=IDENTITY)
-    graph.add_node(EXIT, module=IDENTITY)
+    graph.add_node(ENTRY, module=IDENTITY, name="input")
+    graph.add_node(EXIT, module=IDENTITY, name="outputs")
     for node in module.graph.nodes:
         if node not in sensitivities.of:
             continue
-        graph.add_node(node, module=compose(*atoms[node]) if node in atoms else IDENTITY)
+        key, args = arguments(node, module) if node.op != "placeholder" else ("input", {})
+        graph.add_node(node, module=compose(*atoms[node]) if node in atoms else IDENTITY, name=_name(key))
         sources = 0
         if node.op != "placeholder":
-            key, args = arguments(node, module)
             for operand, source in operands(args):
                 if flow.signal(source) and operand in scales.local[node]:
                     value = scales.local[node][operand]
@@ -85,7 +85,6 @@ SHOWN = frozenset(
         "batch_norm",
         "group_norm",
         "attention",
-        "scaled_dot_product_attention",
         "mean_subtract",
         "rotary",
     }
@@ -93,8 +92,13 @@ SHOWN = frozenset(
 
 
 def _name(key: object) -> str:
-    text = getattr(key, "_schema", None)
-    return text.name.split("::")[-1] if text is not None else getattr(key, "__name__", str(key))
+    """An op's short name for people: the overload's, without the variants of ATen."""
+    schema = getattr(key, "_schema", None)
+    text = schema.name.split("::")[-1] if schema is not None else getattr(key, "__name__", str(key))
+    return next((short for long, short in SHORT if long in text), text)
+
+
+SHORT = (("batch_norm", "batch_norm"), ("scaled_dot_product_attention", "attention"), ("softmax", "softmax"))
 
 
 # --- series-parallel reduction --------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def _merge_parallel(graph: nx.MultiDiGraph, a, b) -> None:
         )
     )
     graph.remove_edges_from([(a, b, k) for k in list(edges)])
-    graph.add_edge(a, b, module=Tuple(parts))
+    graph.add_edge(a, b, module=Tuple(parts, graph.nodes[b]["name"]))
 
 
 def _reduce_series(graph: nx.MultiDiGraph, todo: list) -> None:

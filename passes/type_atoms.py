@@ -61,7 +61,10 @@ def type_atoms(
     rules: RuleTable,
     unknown: str,
 ) -> tuple[Weight, ...]:
-    """The weights in order of first use. Raises WeightError naming every parameter that no atom describes."""
+    """The weights in order of first use, a layer's matrix before its bias.
+
+    Raises WeightError naming every parameter that no atom describes.
+    """
     weights: dict[tuple[str, tuple[Slice, ...]], Weight] = {}
     failures: list[str] = []
     for use in (resolve(u) for u in uses):
@@ -93,6 +96,7 @@ def type_atoms(
             known, uses=known.uses + ((use.node, use.operand, atom),), sampled=known.sampled or sampled
         )
     found = [_whole_table(w, shapes[w.parameter]) for w in weights.values()]
+    found.sort(key=lambda w: (w.uses[0][0], not w.uses[0][2].is_matrix))
     failures += _overlaps(found)
     if failures:
         raise WeightError(

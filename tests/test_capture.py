@@ -1,194 +1,24 @@
-"""Capture: the graph computes what the model computes, the model stays as it was, and errors say what went wrong."""
+"""Capture: the graph computes what the model computes, names its parts, and errors say what went wrong."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import random
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
 import pytest
 import tiny_models
 import torch
+from tiny_models import IDS, MODELS, Caching, Constants, Plain, Tied, X, assert_same_outputs, only_route
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
 
-from modnorm_fx import _copies
-from modnorm_fx import capture as capture_module
 from modnorm_fx.capture import Captured, capture, where
 from modnorm_fx.errors import CaptureError, ModelMismatchError, WeightError
 
 aten = torch.ops.aten
-IDS = torch.arange(24).view(2, 12)
-IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
-
-
-class Plain(nn.Module):
-    """Residual blocks with a norm; nothing special."""
-
-    def __init__(self, width: int = 4, blocks: int = 2):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + torch.nn.functional.gelu(block(self.norm(x)))
-        return x
-
-
-class Tied(nn.Module):
-    """An embedding whose table is also the head, and a linear used under two paths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 4)
-        self.first = nn.Linear(4, 4)
-        self.second = self.first
-        self.head = nn.Linear(4, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.second(self.first(self.embed(ids))))
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0]
-
-
-class InPlace(nn.Module):
-    """Writes through a view, into a buffer and into its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.mul_(2)
-        y = self.linear(x).relu_()
-        y[:, :2] += y[:, 2:]
-        self.calls += 1
-        return y * self.calls
-
-
-class Branching(nn.Module):
-    """Depends on values, as export cannot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) if x.isfinite().all() else x
-
-
-class Caching(nn.Module):
-    """Keeps what it computed of a parameter in evaluation, as many vision models do."""
-
-    def __init__(self, empties: bool):
-        super().__init__()
-        self.table, self.linear, self.cache = nn.Parameter(torch.randn(4)), nn.Linear(4, 4), None
-        self.empties = empties
-
-    def train(self, mode: bool = True) -> Caching:
-        self.cache = None if mode and self.empties else self.cache
-        return super().train(mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training and self.cache is None:
-            self.cache = self.table * 2
-        return self.linear(x) + (self.table * 2 if self.training else self.cache)
-
-
-class Constants(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.scale, self.listed = nn.Linear(4, 4), torch.full((4,), 3.0), [torch.arange(4.0)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) * self.scale + self.listed[0]
-
-
-class Wrapped(nn.Module):
-    """Runs parts under settings that export keeps in sub-graphs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        with torch.autocast("cpu", enabled=False):
-            x = torch.utils.checkpoint.checkpoint(self.linear, x, use_reentrant=False)
-        with torch.enable_grad():
-            x = self.linear(x)
-        return {"features": [x, None, 3], "best": x.argmax(-1)}
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]] = {
-    "gpt2": (tiny_models.gpt2, (), {"input_ids": IDS}),
-    "llama": (tiny_models.llama, (IDS,), {}),
-    "bert": (tiny_models.bert, (), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).tril()}),
-    "t5": (tiny_models.t5, (), {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}),
-    "vit": (tiny_models.vit, (), {"pixel_values": IMAGE}),
-    "timm_resnet": (tiny_models.timm_resnet, (IMAGE,), {}),
-    "timm_vit": (tiny_models.timm_vit, (IMAGE,), {}),
-    "timm_convnext": (tiny_models.timm_convnext, (IMAGE,), {}),
-    "timm_mixer": (tiny_models.timm_mixer, (IMAGE,), {}),
-    "plain": (Plain, (X,), {}),
-    "tied": (Tied, (), {"ids": IDS % 11}),
-    "attention": (Attention, (torch.randn(2, 5, 8),), {}),
-    "in_place": (InPlace, (X,), {}),
-    "constants": (Constants, (X,), {}),
-    "wrapped": (Wrapped, (X,), {}),
-    "branching": (Branching, (X,), {}),
-}
-
-
-def eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What the model returns in evaluation, on copies of everything."""
-    args, kwargs = copy.deepcopy((args, kwargs))
-    model = copy.deepcopy(model).eval()
-    if hasattr(model, "config"):
-        kwargs["use_cache"] = False
-        model.config.use_cache = False
-    kwargs = {
-        name: value
-        for name, value in kwargs.items()
-        if name != "use_cache" or not isinstance(model, tiny_models.transformers.ViTForImageClassification)
-    }
-    with torch.no_grad():
-        return pytree.tree_leaves(model(*args, **kwargs))
-
-
-def assert_same_outputs(captured: Captured, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    expected, got = eager(model, args, kwargs), captured(model, *args, **kwargs)
-    assert len(expected) == len(got)
-    for one, other in zip(expected, got, strict=True):
-        if isinstance(one, Tensor):
-            torch.testing.assert_close(other, one)
-        else:
-            assert other == one
 
 
 def targets(captured: Captured) -> list[Any]:
     return [node.target for node in captured.graph_module.graph.nodes if node.op == "call_function"]
-
-
-@contextlib.contextmanager
-def only_route(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(capture_module, "ROUTES", {name: capture_module.ROUTES[name]})
-    yield
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -205,10 +35,10 @@ def test_the_graph_computes_what_the_model_computes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "timm_resnet", "tied", "attention", "in_place", "constants", "wrapped"])
-def test_make_fx_gives_the_same_outputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_fx_gives_the_same_outputs(name: str) -> None:
     make, args, kwargs = MODELS[name]
     model = make()
-    with only_route("make_fx(eval)", monkeypatch):
+    with only_route("make_fx(eval)"):
         captured = capture(model, args, kwargs)
     assert captured.route == "make_fx(eval)"
     assert_same_outputs(captured, model, args, kwargs)
@@ -280,7 +110,7 @@ def test_facts_about_the_model() -> None:
     captured = capture(Plain(), (X,))
     assert captured.shapes["blocks.0.weight"] == (4, 4)
     assert captured.modules["norm"] == "torch.nn.modules.normalization.LayerNorm"
-    assert captured.modules[""].endswith("test_capture.Plain")
+    assert captured.modules[""].endswith("tiny_models.Plain")
     assert [entry.name for entry in captured.inputs if entry.kind == "user"] == ["x"]
 
 
@@ -310,9 +140,9 @@ def test_constants_are_kept_and_made_up_ones_are_not() -> None:
     assert [value.device.type for value in on_meta.constants.values()] == ["meta", "meta"]
 
 
-def test_training_statistics_are_not_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_statistics_are_not_outputs() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
-    with only_route("export(train)", monkeypatch):
+    with only_route("export(train)"):
         captured = capture(model, (X,))
     assert captured.route == "export(train)"
     (outputs,) = next(iter(captured.graph_module.graph.find_nodes(op="output"))).args
@@ -336,13 +166,13 @@ def node_of(captured: Captured, target: Any) -> fx.Node:
 
 
 @pytest.mark.parametrize("route", ["export(eval)", "make_fx(eval)"])
-def test_where_names_the_module_and_the_users_line(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_names_the_module_and_the_users_line(route: str) -> None:
     line = Plain.forward.__code__.co_firstlineno + 2
-    with only_route(route, monkeypatch):
+    with only_route(route):
         captured = capture(Plain(), (X,))
     code = "x = x + torch.nn.functional.gelu(block(self.norm(x)))"
-    assert where(node_of(captured, aten.gelu.default)) == f"test_capture.py:{line}: {code}"
-    assert where(node_of(captured, aten.linear.default)) == f"blocks.0 (test_capture.py:{line}: {code})"
+    assert where(node_of(captured, aten.gelu.default)) == f"tiny_models.py:{line}: {code}"
+    assert where(node_of(captured, aten.linear.default)) == f"blocks.0 (tiny_models.py:{line}: {code})"
     assert where(captured.inputs[0].node) is None
 
 
@@ -351,160 +181,6 @@ def test_where_prefers_the_models_file() -> None:
     place = where(node_of(captured, aten.scaled_dot_product_attention.default))
     assert place.startswith("transformer.h.0.attn (modeling_gpt2.py:")
     assert "attn_output, attn_weights = attention_interface(" in place
-
-
-# --- the model stays as it was ----------------------------------------------------------------------------------------
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """Everything that capture could have disturbed, comparable with ==."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    state: list[Any] = [(name, id(t), t._version, t.requires_grad, t.device.type, id(t.grad)) for name, t in tensors]
-    state += [t.detach().flatten().tolist() for _, t in tensors if not t.is_meta and not isinstance(t, FakeTensor)]
-    for path, module in model.named_modules():
-        hooks = {name: list(value) for name, value in vars(module).items() if name.endswith("hooks")}
-        state.append((path, type(module), module.training, list(vars(module)), hooks))
-        leaves = [leaf for leaf in pytree.tree_leaves(vars(module)) if isinstance(leaf, FakeTensor)]
-        state.append(sorted(id(leaf) for leaf in leaves))
-    if hasattr(model, "config"):
-        state.append(model.config.to_dict())
-        state.append(model.config.use_cache)
-    state += [torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())]
-    return [*state, torch.is_grad_enabled()]
-
-
-@pytest.mark.parametrize("name", ["gpt2", "timm_resnet", "in_place", "branching", "tied"])
-def test_the_model_and_the_random_states_stay_as_they_were(name: str) -> None:
-    make, args, kwargs = MODELS[name]
-    model = make().train()
-    list(model.modules())[-1].eval()
-    parameters = list(model.parameters())
-    parameters[0].requires_grad_(False)
-    parameters[-1].grad = torch.ones_like(parameters[-1])
-    calls: list[str] = []
-    model.register_forward_hook(lambda module, given, output: calls.append("forward"))
-    parameters[-1].register_hook(lambda grad: calls.append("backward"))
-    before, inputs = snapshot(model), copy.deepcopy((args, kwargs))
-    capture(model, args, kwargs)
-    assert snapshot(model) == before
-    assert "backward" not in calls
-    torch.testing.assert_close((args, kwargs), inputs)
-
-
-def test_a_failed_capture_changes_nothing_either() -> None:
-    model = Plain().train()
-    before = snapshot(model)
-    with pytest.raises(CaptureError):
-        capture(model, (torch.randn(2, 5),))
-    assert snapshot(model) == before
-
-
-def test_models_that_draw_random_numbers_leave_the_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Noisy(Plain):
-        def forward(self, x: Tensor) -> Tensor:
-            torch.manual_seed(3)
-            return super().forward(x) + torch.randn_like(x) * random.random() * numpy.random.rand()
-
-    model = Noisy()
-    for route in ("export(eval)", "make_fx(eval)"):
-        before = snapshot(model)
-        with monkeypatch.context() as patch, only_route(route, patch):
-            capture(model, (X,))
-        assert snapshot(model) == before
-
-
-def test_hooks_are_part_of_the_model_and_cannot_leave_tensors_in_it() -> None:
-    model = Plain()
-    model.seen = []
-
-    def hook(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-        model.last = output  # the original, even when the hook runs on the copy
-        model.seen.append(output)
-        return output * 2
-
-    model.register_forward_hook(hook)
-    before = snapshot(model)
-    captured = capture(model, (X,))
-    assert snapshot(model) == before
-    assert not hasattr(model, "last") and model.seen == []
-    assert_same_outputs(captured, model, (X,), {})
-
-
-def test_caches_of_functions_hold_no_traced_tensor_afterwards() -> None:
-    @_copies.lru_cache
-    def positions(length: int) -> Tensor:
-        return torch.arange(length) / length
-
-    class Positions(Plain):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x + positions(x.shape[-1]))
-
-    model = Positions()
-    captured = capture(model, (X,))
-    assert not isinstance(positions(4), FakeTensor)
-    assert_same_outputs(captured, model, (X,), {})
-
-
-def test_inference_mode_outside() -> None:
-    with torch.inference_mode():
-        captured = capture(Plain(), (X,))
-        assert torch.is_inference_mode_enabled()
-    assert captured.route == "export(eval)"
-
-
-# --- models without values --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["gpt2", "timm_resnet", "tied", "in_place", "branching"])
-def test_meta_and_fake_models_give_the_same_graph(name: str) -> None:
-    make, args, kwargs = MODELS[name]
-    expected = capture(make(), args, kwargs)
-    for context in (torch.device("meta"), FakeTensorMode()):
-        model = make()
-        with context:
-            for module in model.modules():
-                for held in (module._parameters, module._buffers):
-                    for key, value in held.items():
-                        if value is not None:
-                            device = "meta" if isinstance(context, torch.device) else "cpu"
-                            empty = torch.empty_like(value, device=device)
-                            held[key] = nn.Parameter(empty) if isinstance(value, nn.Parameter) else empty
-        model.tie_weights() if hasattr(model, "tie_weights") else None
-        if name == "tied":
-            model.head.weight = model.embed.weight
-            model.second = model.first
-        before = snapshot(model)
-        captured = capture(model, args, kwargs)
-        assert snapshot(model) == before
-        assert captured.route == expected.route
-        assert captured.graph_module.code == expected.graph_module.code
-
-
-def test_inputs_without_values() -> None:
-    expected = capture(Plain(), (X,)).graph_module.code
-    with FakeTensorMode():
-        fake = torch.empty(2, 4)
-    for x in (X.to("meta"), fake, X.requires_grad_(False).double().float()):
-        assert capture(Plain(), (x,)).graph_module.code == expected
-
-
-def test_a_model_larger_than_memory() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(*(nn.Linear(1_000_000, 1_000_000) for _ in range(3)))
-    captured = capture(model, (torch.empty(2, 1_000_000, device="meta"),))
-    assert captured.route == "export(eval)" and captured.unused == ()
-
-
-def test_a_large_model_that_needs_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "MAX_REAL_BYTES", 0)
-    monkeypatch.setattr(_copies, "MAX_REAL_BYTES", 0)
-    with pytest.raises(CaptureError) as caught:
-        capture(Branching(), (X,))
-    text = str(caught.value)
-    assert text.startswith("Branching could not be traced to a graph.")
-    for route in ("export(eval): ", "export(train): ", "make_fx(eval): a copy with values takes"):
-        assert f"\n    {route}" in text
-    assert caught.value.__cause__ is not None
 
 
 # --- parameters that vanish -------------------------------------------------------------------------------------------
@@ -595,20 +271,6 @@ def test_integer_outputs() -> None:
 
     with pytest.raises(CaptureError, match="Labels returns no floating-point tensor"):
         capture(Labels(), (X,))
-
-
-def test_a_model_that_cannot_be_copied() -> None:
-    model = nn.Sequential(Plain())
-    model[0].lock = threading.Lock()
-    with pytest.raises(CaptureError) as caught:
-        capture(model, (X,))
-    assert caught.value.what == "The model cannot be copied, and only a copy of it may be traced."
-    assert caught.value.where == "0.lock"
-
-
-def test_lazy_modules() -> None:
-    with pytest.raises(CaptureError, match="parameters without a shape"):
-        capture(nn.LazyLinear(4), (X,))
 
 
 def test_a_closure_over_the_original() -> None:

@@ -1,0 +1,52 @@
+"""Conversion time and memory against depth: ``python benchmarks/conversion.py [--out FILE]``.
+
+Converts GPT-2 (width 768, on the meta device) at 12, 48 and 192 layers, each in a process of its own, and prints
+seconds, seconds per layer and peak resident memory. Writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+LAYERS = (12, 48, 192)
+ONE = """
+import json, resource, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch
+import modnorm_fx as mn
+from modnorm_fx.models_zoo import build
+model = build("hf:gpt2", layers=int(sys.argv[1]), device="meta")
+start = time.perf_counter()
+norm = mn.convert(model)
+print(json.dumps({
+    "layers": int(sys.argv[1]), "seconds": time.perf_counter() - start, "leaves": len(norm.leaves),
+    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "torch": torch.__version__,
+}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/conversion.json"))
+    parser.add_argument("--layers", type=int, nargs="+", default=LAYERS)
+    args = parser.parse_args()
+    rows = []
+    for layers in args.layers:
+        done = subprocess.run([sys.executable, "-c", ONE, str(layers)], capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        row = rows[-1]
+        each = row["seconds"] / layers
+        print(f"{layers:4} layers {row['seconds']:7.1f} s {each:6.3f} s/layer {row['peak_mb']:7.0f} MB", flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(
+        json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A small training loop, without output of its own: one model, one optimizer, some batches, and the losses they give."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from modnorm_fx.errors import NonFiniteError
+
+__all__ = ["Curve", "Loss", "cross_entropy", "evaluate", "train"]
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+TAIL = 0.1  # of the steps: over them the final training loss is averaged
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The training loss of every step, as it was before that step; `diverged` is the step (from 1) that was not finite.
+
+    `seconds` is the time of all steps together.
+    """
+
+    losses: tuple[float, ...]
+    seconds: float
+    diverged: int | None = None
+
+    @property
+    def final(self) -> float:
+        """Mean over the last tenth of the steps; infinite for a run that diverged."""
+        tail = self.losses[-max(1, round(TAIL * len(self.losses))) :]
+        return math.inf if self.diverged is not None else math.fsum(tail) / len(tail)
+
+
+def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Of the model's logits, which it returns as they are (torch), or as `.logits` or first (transformers)."""
+    output = model(inputs)
+    logits = output if isinstance(output, Tensor) else output.logits if hasattr(output, "logits") else output[0]
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    steps: int,
+    *,
+    loss: Loss = cross_entropy,
+    decay: bool = True,
+    watch: Callable[[int, float], object] | None = None,
+) -> Curve:
+    """Trains for `steps` steps, or until the loss or an update is no longer finite.
+
+    Args:
+        model: it is set to train mode.
+        optimizer: any; the learning rates it has now are those of the first step.
+        batches: inputs and labels; at least `steps` of them, or the run is shorter.
+        loss: scalar loss of (model, inputs, labels).
+        decay: lower the learning rates linearly, so that they would be 0 after the last step; else keep them.
+        watch: called after every step with the number of steps done and the step's loss.
+    """
+    model.train()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses: list[float] = []
+    start = time.perf_counter()
+    diverged = None
+    for step, (inputs, labels) in enumerate(islice(batches, steps)):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / steps) if decay else rate
+        value = loss(model, inputs, labels)
+        losses.append(value.item())
+        try:
+            if not math.isfinite(losses[-1]):
+                raise NonFiniteError("The loss is not finite.")
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        except NonFiniteError:
+            diverged = step + 1
+            break
+        if watch is not None:
+            watch(step + 1, losses[-1])
+    return Curve(tuple(losses), time.perf_counter() - start, diverged)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Sequence[Batch], *, loss: Loss = cross_entropy) -> float:
+    """Mean loss over batches, in eval mode; the mode is put back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        count = sum(len(labels) for _, labels in batches)
+        return math.fsum(loss(model, *batch).item() * len(batch[1]) / count for batch in batches)
+    finally:
+        model.train(training)
