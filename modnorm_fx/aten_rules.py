@@ -8,6 +8,8 @@ against sampled Jacobians.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -74,7 +76,8 @@ def embedding(call: Call) -> Local:
 
 @ATEN.rule(
     aten.matmul.default, aten.mm.default, aten.bmm.default, status="typical",
-    source="n independent zero-mean terms add in quadrature: √n s_a s_b; a weight counts as norm 1; a softmax row is an average",
+    source="n independent zero-mean terms add in quadrature: √n s_a s_b; a weight counts as norm 1; a softmax row is "
+    "an average",
     weights={"self": atom_of.matmul_left, "other": atom_of.matmul_right, "mat2": atom_of.matmul_right},
 )  # fmt: skip
 def matmul(call: Call) -> Local:
@@ -201,7 +204,8 @@ def mean(call: Call) -> Local:
 
 @ATEN.rule(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
            aten._adaptive_avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
-           status="declared", source="an average of parts that move alike (arXiv 2405.14813, bond AvgPool): 1")  # fmt: skip
+           status="declared",
+           source="an average of parts that move alike (arXiv 2405.14813, bond AvgPool): 1")  # fmt: skip
 @ATEN.rule(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.adaptive_max_pool2d.default,
            aten.max_pool2d_with_indices.default, aten.amax.default, aten.amin.default, aten.max.dim,
            aten.maximum.default,
@@ -322,18 +326,19 @@ def rotary(call: Call) -> Local:
 # --- pointwise ------------------------------------------------------------------------------------------------------
 
 
-def _pointwise(call: Call, function, name: str) -> Local:
+def _pointwise(call: Call, function: Callable[[torch.Tensor], torch.Tensor], name: str) -> Local:
     """Typical scale and slope of a scalar function at the operand's scale."""
     scale, slope = gaussian_moments(function, call.scale(name))
     return Local(scale, {name: slope})
 
 
-def _call_op(call: Call, name: str):
+def _call_op(call: Call, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The node's op as a function of one tensor, its other arguments as they are."""
+    op: Any = call.node.target
 
     def run(z: torch.Tensor) -> torch.Tensor:
         args = [z if isinstance(a, fx.Node) else a for a in call.node.args]
-        return call.node.target(*args, **call.node.kwargs)
+        return op(*args, **call.node.kwargs)
 
     return run
 

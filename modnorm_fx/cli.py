@@ -81,15 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--flat", action="store_true", help="print every leaf on a line of its own")
     inspect.set_defaults(run=_inspect)
 
-    explain = add(
-        "explain", usage="modnorm-fx explain SPEC --stage STAGE [options]", help="print one stage of the conversion"
-    )
+    usage = "modnorm-fx explain SPEC --stage STAGE [options]"
+    explain = add("explain", usage=usage, help="print one stage of the conversion")
     explain.add_argument("--stage", required=True, choices=STAGES, help="the stage")
     explain.set_defaults(run=_explain)
 
-    train = add(
-        "train", usage="modnorm-fx train SPEC [options]", help="train a causal language model or an image classifier"
-    )
+    usage = "modnorm-fx train SPEC [options]"
+    train = add("train", usage=usage, help="train a causal language model or an image classifier")
     train.add_argument("--data", metavar="FILE", type=Path, help="text for language models (default: Python's sources)")
     train.add_argument("--steps", type=_count, default=100, metavar="N", help="default: %(default)s")
     train.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
@@ -353,12 +351,16 @@ def _image_task(images: Images, args: argparse.Namespace, shape: tuple[int, ...]
 
 def _build_for(args: argparse.Namespace, task: Task) -> nn.Module:
     """The model with as many outputs as the data needs, where it can be told; else as it is."""
-    sizes, outputs = _sizes(args), "vocab" if task.is_text else "classes"
-    if sizes[outputs] is None:
+    sizes, flag = _sizes(args), "vocab" if task.is_text else "classes"
+    given = sizes[flag]
+    if given is None:
         try:
-            return build(args.spec, device=args.device, **{**sizes, outputs: task.classes})
+            return build(args.spec, device=args.device, **{**sizes, flag: task.classes})
         except ModnormError:
             pass
+    elif given < task.classes:
+        why = f"{task.source} has {task.classes} different {'tokens' if task.is_text else 'labels'}"
+        raise ModnormError(f"--{flag} {given} is too small.", why=why, do="Leave it out.")
     return build(args.spec, device=args.device, **sizes)
 
 
@@ -370,7 +372,8 @@ def _check_trainable(spec: str, model: nn.Module, task: Task) -> None:
         logits = _logits(model, inputs)
         expected = (*labels.shape, logits.shape[-1])
         if logits.shape != expected or logits.shape[-1] < task.classes:
-            raise _untrainable(spec, f"its output has shape {list(logits.shape)} for labels {list(labels.shape)}")
+            why = f"its output has shape {list(logits.shape)}, for labels of shape {list(labels.shape)}"
+            raise _untrainable(spec, f"{why} and {task.classes} classes")
         if task.is_text:
             changed = inputs.clone()
             changed[:, -1] = (changed[:, -1] + 1) % task.classes

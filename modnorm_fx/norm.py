@@ -11,7 +11,7 @@ import json
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,13 +63,19 @@ class Leaf:
 
     def write_(self, tensor: Tensor, part: Tensor) -> None:
         """Puts a changed ``read(tensor)`` back; nothing happens if it was a view."""
-        if part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() and part.numel():
-            return
-        if not self.slices:
-            tensor.copy_(part)
-            return
-        index = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape)
-        tensor.view(-1)[self.read(index).reshape(-1)] = part.reshape(-1)
+        if part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            _write_(tensor, self.slices, part)
+
+
+def _write_(tensor: Tensor, slices: tuple[Slice, ...], part: Tensor) -> None:
+    if not slices:
+        tensor.copy_(part)
+    elif len(slices) == 1:
+        slices[0].write_(tensor, part)
+    else:
+        inner = slices[0].read(tensor)
+        _write_(inner, slices[1:], part)
+        slices[0].write_(tensor, inner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +156,14 @@ class ModularNorm:
         for leaf in self.leaves:
             found[leaf.weight].append(leaf)
         return dict(found)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ModularNorm:
+        """Itself: a norm is immutable, and stays bound to the same parameters."""
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        """For pickling: without the stages and without the binding, which is by identity; ``bind`` the copy to a model."""
+        return self.__dict__ | {"stages": {}, "_parameters": {}}
 
     # --- binding to a model -----------------------------------------------------------------------------------------
 
@@ -351,7 +365,7 @@ def _tensors(norm: ModularNorm, model: nn.Module) -> dict[str, Tensor]:
     return {name: p.data for name, p in model.named_parameters() if name in norm._by_weight}
 
 
-def _near(name: str, known) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     import difflib
 
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)), "")

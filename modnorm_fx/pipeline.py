@@ -97,7 +97,8 @@ def convert(
 
     captured: Captured = run("capture", capture, model, args, dict(kwargs) if kwargs is not None else None)
     module, inputs = captured.graph_module, captured.inputs
-    stages["capture"] = explain.graph(captured)  # the text is made now, later passes rewrite the graph
+    graph_as_captured = explain.graph(captured)  # the text is made now, later passes rewrite the graph
+    stages["capture"] = lambda: graph_as_captured
     found = {"norms": run("recognize_norms", recognize_norms, module)}
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -19,6 +19,9 @@ from .atoms import Atom
 from .conventions import Convention
 from .errors import InternalError, ModnormError
 from .regions import Region
+
+if TYPE_CHECKING:
+    from .weight_atoms import Site
 
 __all__ = ["Call", "Local", "Rule", "RuleTable", "Operand", "STATUSES", "op_key", "operands"]
 
@@ -104,15 +107,15 @@ class Call:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of a node's value (of the first one for ops that return several)."""
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     if isinstance(value, tuple | list):
         value = value[0]
     return tuple(int(n) for n in value.shape)
 
 
 RuleFunction = Callable[[Call], Local]
-#: Makes the atom of a weight operand: (call, operand name, shape of the operand, its feature axes) -> Atom.
-AtomFunction = Callable[[Call, str, tuple[int, ...]], Atom]
+#: Makes the atom of a weight from where and how it is used; see ``weight_atoms``.
+AtomFunction = Callable[["Site"], Atom]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ cannot describe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,15 @@ class Site:
     def is_whole(self) -> bool:
         return self.size == self.shape and self.view.is_contiguous()
 
-    def arranged(self, make) -> Atom:
+    def arranged(self, make: Callable[[tuple[int, ...]], Atom]) -> Atom:
         """``make(shape)`` for the operand as the op sees it, wrapped in the arrangement of the stored entries if they
         differ."""
         if self.is_whole:
             return make(self.shape)
         if 0 in self.view.stride() and self.view.numel() > 1:
             return make(self.shape)
-        order = sorted(range(self.view.dim()), key=lambda d: (self.view.shape[d] > 1, -self.view.stride(d)))
+        strides = self.view.stride()
+        order = sorted(range(self.view.dim()), key=lambda d: (self.view.shape[d] > 1, -strides[d]))
         stored = tuple(self.size[d] for d in order)
         return Reshaped(
             shape=self.shape,

@@ -8,6 +8,7 @@ followed is an error.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,7 +53,7 @@ class WeightUse:
 class _Value:
     slices: tuple[Slice, ...]
     shape: tuple[int, ...]
-    view: torch.Tensor
+    view: Any  # a meta tensor; between a split and its getitem a tuple of them
     through: tuple[str, ...]
 
 
@@ -98,7 +99,8 @@ def _follow(
     if value is None:
         return None
     if node.target is take_slice:
-        return _take(value, Slice(*node.args[1:]))
+        place: Any = node.args[1:]
+        return _take(value, Slice(*place))
     if node.target is aten.index.Tensor:  # rows looked up at fixed places: for the atom it is the table itself
         return _Value(value.slices, value.shape, value.view, value.through + ("index",))
     key, _ = arguments(node, module)
@@ -108,10 +110,8 @@ def _follow(
     ):  # the arrangement of looked-up rows is no longer the table's
         return value
     view = replay(node, value.view, rules)
-    if isinstance(view, torch.Tensor):
+    if isinstance(view, torch.Tensor | tuple | list):
         return _Value(value.slices, value.shape, view, value.through)
-    if isinstance(view, tuple | list):
-        return _Value(value.slices, value.shape, view, value.through)  # type: ignore[arg-type]
     if key in ARITHMETIC or (row is not None and row.pointwise):
         return _Value(
             value.slices,

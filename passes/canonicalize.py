@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -14,14 +15,14 @@ CASTS = frozenset(
 )
 
 
-def is_call(node: object, *targets: object) -> bool:
+def is_call(node: Any, *targets: Any) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def strip(node: object, *through: object) -> object:
+def strip(node: Any, *through: Any) -> Any:
     """Follows ``node`` back through casts and the given one-input ops."""
     while is_call(node, *CASTS, *through):
-        node = node.args[0]  # type: ignore[union-attr]
+        node = node.args[0]
     return node
 
 
@@ -47,5 +48,5 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(n) for n in node.meta["val"].shape)
 
 
-def number(value: object) -> bool:
+def number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,6 +8,9 @@ Assumes shapes on every node. Promises a set of axes for every float node.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -56,7 +59,8 @@ def feature_axes(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> dic
 
 
 def _feeds_conv(node: fx.Node) -> bool:
-    seen, todo = set(), list(node.users)
+    seen: set[fx.Node] = set()
+    todo = list(node.users)
     while todo and len(seen) < 50:
         user = todo.pop()
         if user in seen:
@@ -150,11 +154,12 @@ def _moved(node: fx.Node, source: fx.Node, axes: Axes) -> Axes:
     """Runs the permutation on a tensor whose sizes are axis numbers."""
     rank = len(shape_of(source))
     probe = torch.empty([a + 1 for a in range(rank)], device="meta")
-    moved = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    move: Any = node.target
+    moved = move(probe, *node.args[1:], **node.kwargs)
     return frozenset(b for b, size in enumerate(moved.shape) if size - 1 in axes)
 
 
-def _dropped(before: tuple[int, ...], rank: int, args, axes: Axes) -> Axes:
+def _dropped(before: tuple[int, ...], rank: int, args: Mapping[str, Any], axes: Axes) -> Axes:
     dim = args.get("dim")
     if len(before) == rank:  # keepdim
         return axes

@@ -74,12 +74,14 @@ def _blocks(weights: Sequence[Weight], modules: Mapping[str, str]) -> dict[str, 
             shapes[prefix].append(w.shape)
     held = Counter(prefix for name in matrices for prefix in _prefixes(name))
     siblings: dict[tuple[str, str], list[str]] = defaultdict(list)
+    numbers: dict[str, int] = {}
     for path in held:
         match = _NUMBERED.match(path)
         if match:
+            numbers[path] = int(match[2])
             siblings[match[1], modules.get(path, "parameter")].append(path)
     for paths in siblings.values():
-        paths.sort(key=lambda p: int(_NUMBERED.match(p)[2]))  # type: ignore[index]
+        paths.sort(key=numbers.__getitem__)
     chosen: dict[str, str] = {}  # block -> stack
     for (stem, _), paths in siblings.items():
         name = stem.rstrip(".")

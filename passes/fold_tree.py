@@ -24,6 +24,7 @@ from .propagate_sensitivity import Sensitivities, output_nodes
 from .type_atoms import Weight
 
 ENTRY, EXIT = "entry", "exit"
+Vertex = fx.Node | str
 IDENTITY = Compose(())
 
 
@@ -41,7 +42,12 @@ def fold_tree(
 
 
 def _signal_graph(
-    module, flow: Flow, weights: Sequence[Weight], scales: Scales, sensitivities: Sensitivities, masses
+    module: fx.GraphModule,
+    flow: Flow,
+    weights: Sequence[Weight],
+    scales: Scales,
+    sensitivities: Sensitivities,
+    masses: Mapping[str, float],
 ) -> nx.MultiDiGraph:
     atoms: dict[fx.Node, list[AtomNode]] = defaultdict(list)
     for w in weights:
@@ -116,7 +122,7 @@ def _reduce(graph: nx.MultiDiGraph) -> Node:
         todo = _collapse_smallest(graph)
 
 
-def _merge_parallel(graph: nx.MultiDiGraph, a, b) -> None:
+def _merge_parallel(graph: nx.MultiDiGraph, a: Vertex, b: Vertex) -> None:
     edges = graph.get_edge_data(a, b)
     if len(edges) < 2:
         return
@@ -131,7 +137,7 @@ def _merge_parallel(graph: nx.MultiDiGraph, a, b) -> None:
     graph.add_edge(a, b, module=Tuple(parts, graph.nodes[b]["name"]))
 
 
-def _reduce_series(graph: nx.MultiDiGraph, todo: list) -> None:
+def _reduce_series(graph: nx.MultiDiGraph, todo: list[Vertex]) -> None:
     waiting = set(todo)
     while todo:
         v = todo.pop()
@@ -150,7 +156,7 @@ def _reduce_series(graph: nx.MultiDiGraph, todo: list) -> None:
                 waiting.add(w)
 
 
-def _collapse_smallest(graph: nx.MultiDiGraph) -> list:
+def _collapse_smallest(graph: nx.MultiDiGraph) -> list[Vertex]:
     """Replaces the smallest pieces with one entry and one exit by Dag edges; returns the vertices to look at again."""
     order = {v: i for i, v in enumerate(nx.topological_sort(graph))}
     after = nx.immediate_dominators(graph.reverse(copy=False), EXIT)
@@ -161,8 +167,8 @@ def _collapse_smallest(graph: nx.MultiDiGraph) -> list:
             inside = _inside(graph, a, b)
             if inside and all(p == a or p in inside for v in inside for p in graph.predecessors(v)):
                 pieces.append((len(inside), order[a], a, b, inside))
-    touched: set = set()
-    again: list = []
+    touched: set[Vertex] = set()
+    again: list[Vertex] = []
     for _, _, a, b, inside in sorted(pieces, key=lambda p: p[:2]):
         if inside & touched:
             continue
@@ -182,7 +188,7 @@ def _collapse_smallest(graph: nx.MultiDiGraph) -> list:
     return again
 
 
-def _inside(graph: nx.MultiDiGraph, a, b) -> set:
+def _inside(graph: nx.MultiDiGraph, a: Vertex, b: Vertex) -> set[Vertex]:
     inside, todo = set(), [v for v in graph.successors(a) if v != b]
     while todo:
         v = todo.pop()

@@ -10,6 +10,8 @@ Assumes a functional graph and its flow. Promises the same outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from modnorm_fx.regions import extract
@@ -75,7 +77,8 @@ def _ends(node: fx.Node, roots: dict[fx.Node, fx.Node]) -> bool:
 
 def _without_multiples(node: fx.Node, roots: dict[fx.Node, fx.Node]) -> fx.Node | None:
     while is_call(node, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) and number(node.args[1]):
-        node = node.args[0]
+        args: Any = node.args
+        node = args[0]
         if node not in roots:
             return None
     return node

@@ -32,7 +32,9 @@ def replay(node: fx.Node, value: Any, rules: RuleTable) -> Any | None:
         return None
     if any(isinstance(a, fx.Node) for a in node.args[1:]):
         return None
-    target = aten.view.default if node.target in (aten._unsafe_view.default, aten.reshape.default) else node.target
+    target: Any = node.target
+    if target in (aten._unsafe_view.default, aten.reshape.default):
+        target = aten.view.default
     try:
         result = target(value, *node.args[1:], **node.kwargs)
     except RuntimeError:  # the layout has no such view: the op copies

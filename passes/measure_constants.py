@@ -6,6 +6,8 @@ that act as masks (-inf, or the most negative float) are left out: they select, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -26,7 +28,7 @@ def measure_constants(module: fx.GraphModule, flow: Flow) -> dict[fx.Node, float
             known.add(node)
             if is_float(node) and any(flow.signal(u) for u in node.users):
                 wanted.append(node)
-    values: dict[fx.Node, object] = {}
+    values: dict[fx.Node, Any] = {}
     out: dict[fx.Node, float] = {}
     for node in wanted:
         value = _evaluate(node, values)
@@ -36,7 +38,7 @@ def measure_constants(module: fx.GraphModule, flow: Flow) -> dict[fx.Node, float
     return out
 
 
-def _evaluate(node: fx.Node, values: dict[fx.Node, object]) -> object | None:
+def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     todo = [node]
     while todo:
         top = todo[-1]
@@ -52,7 +54,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, object]) -> object | None:
     return values[node]
 
 
-def _run(node: fx.Node, values: dict[fx.Node, object]) -> object | None:
+def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if any(values[s] is None for s in node.all_input_nodes):
         return None
     value = node.meta.get("val")
@@ -60,5 +62,6 @@ def _run(node: fx.Node, values: dict[fx.Node, object]) -> object | None:
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
     kwargs = {k: (torch.device("cpu") if isinstance(v, torch.device) else v) for k, v in kwargs.items()}
+    function: Any = node.target
     with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return function(*args, **kwargs)

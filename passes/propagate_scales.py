@@ -10,7 +10,7 @@ all refusals are raised together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -130,7 +130,16 @@ AVERAGE_KEEPERS = frozenset(
 )
 
 
-def _operand_scales(node, found, facts, atoms, tied, constants, convention, flow) -> dict[fx.Node, float]:
+def _operand_scales(
+    node: fx.Node,
+    found: Iterable[tuple[Operand, fx.Node]],
+    facts: Scales,
+    atoms: Mapping[tuple[fx.Node, Operand], tuple[str, int, Atom]],
+    tied: Mapping[str, float],
+    constants: Mapping[fx.Node, float],
+    convention: Convention,
+    flow: Flow,
+) -> dict[fx.Node, float]:
     """Scale of each float operand of ``node``; the declared norms of its weights are recorded."""
     found = [(op, n) for op, n in found if is_float(n)]
     scales: dict[fx.Node, float] = {n: facts.scale[n] for _, n in found if n in facts.scale}

@@ -8,6 +8,8 @@ Assumes a functional graph and its flow. Promises the same outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from modnorm_fx.regions import extract
@@ -42,16 +44,18 @@ def recognize_attention(module: fx.GraphModule, flow: Flow) -> int:
     return count
 
 
-def _attention(output: fx.Node, flow: Flow):
+def _attention(output: fx.Node, flow: Flow) -> tuple[fx.Node, fx.Node, fx.Node, float, list[fx.Node]] | None:
+    """(query, key, value, factor on the logits, nodes inside)."""
     inside: list[fx.Node] = [output]
 
-    def through(node, *targets):
+    def through(node: Any, *targets: Any) -> Any:
         while is_call(node, *targets):
             inside.append(node)
             node = node.args[0]
         return node
 
-    weights, value = output.args[:2]
+    args: Any = output.args
+    weights, value = args[:2]
     softmax = through(weights, *VIEWS)
     if (
         not is_call(softmax, *SOFTMAX)
@@ -60,7 +64,8 @@ def _attention(output: fx.Node, flow: Flow):
     ):
         return None
     inside.append(softmax)
-    node, factor = softmax.args[0], 1.0
+    node: Any = softmax.args[0]
+    factor = 1.0
     while not is_call(node, *MATMULS):
         node = through(node, *VIEWS)
         if is_call(node, *MATMULS):
@@ -79,7 +84,8 @@ def _attention(output: fx.Node, flow: Flow):
         inside.append(node)
         node = signals[0]
     inside.append(node)
-    query, key = node.args[:2]
+    args = node.args
+    query, key = args[:2]
     if not (flow.signal(query) and flow.signal(key)):
         return None
     return query, key, value, factor, inside

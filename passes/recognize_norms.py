@@ -11,6 +11,7 @@ product rule counts x twice, see theory of local rules.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import fx
 
@@ -38,7 +39,8 @@ def recognize_norms(module: fx.GraphModule) -> int:
 
 
 def _mean_subtract(module: fx.GraphModule, node: fx.Node) -> bool:
-    x, m = node.args[:2]
+    args: Any = node.args
+    x, m = args[:2]
     mean = strip(m, aten.expand.default)
     if not is_call(mean, aten.mean.dim) or strip(mean.args[0]) is not strip(x) or node.kwargs.get("alpha", 1) != 1:
         return False
@@ -49,7 +51,8 @@ def _mean_subtract(module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _divide_by_rms(module: fx.GraphModule, node: fx.Node) -> bool:
     """``node`` is a product or quotient of x with something computed from a statistic of x."""
-    left, right = node.args[:2]
+    args: Any = node.args
+    left, right = args[:2]
     pairs = [(left, right)] if is_call(node, aten.div.Tensor) else [(left, right), (right, left)]
     wanted = 1.0 if is_call(node, aten.div.Tensor) else -1.0
     for x, factor in pairs:
@@ -71,7 +74,7 @@ def _divide_by_rms(module: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
-def _statistic(node: object) -> tuple[fx.Node, float, object] | None:
+def _statistic(node: Any) -> tuple[fx.Node, float, Any] | None:
     """Walks a factor back to a mean square, variance or norm: (that node, exponent of it, what it is taken of)."""
     exponent = 1.0
     while isinstance(node, fx.Node) and node.op == "call_function":
@@ -87,7 +90,8 @@ def _statistic(node: object) -> tuple[fx.Node, float, object] | None:
         if node.target in ROOTS:
             exponent *= ROOTS[node.target]
         elif is_call(node, aten.pow.Tensor_Scalar):
-            exponent *= float(node.args[1])
+            power: Any = node.args[1]
+            exponent *= float(power)
         elif is_call(node, *KEEPS):
             pass
         elif is_call(node, aten.add.Tensor, aten.add.Scalar, aten.mul.Tensor, aten.mul.Scalar) and number(node.args[1]):
@@ -98,7 +102,7 @@ def _statistic(node: object) -> tuple[fx.Node, float, object] | None:
     return None
 
 
-def _squared(node: object) -> object | None:
+def _squared(node: Any) -> Any:
     if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == 2:
         return node.args[0]
     if is_call(node, aten.square.default):
@@ -108,7 +112,7 @@ def _squared(node: object) -> object | None:
     return None
 
 
-def _centred_input(module: fx.GraphModule, x: object) -> object | None:
+def _centred_input(module: fx.GraphModule, x: Any) -> Any:
     """If x is ``y - mean(y)``, y (stripped); the variance of y is then the mean square of x."""
     x = strip(x)
     if isinstance(x, fx.Node) and x.op == "call_module" and module.get_submodule(str(x.target)).kind == "mean_subtract":
@@ -116,7 +120,7 @@ def _centred_input(module: fx.GraphModule, x: object) -> object | None:
     return None
 
 
-def _entry(x: fx.Node, over: object, centred: object | None) -> fx.Node:
+def _entry(x: fx.Node, over: Any, centred: Any) -> fx.Node:
     """The node the region starts from: what both the signal and its statistic are computed from."""
     return over if isinstance(over, fx.Node) else x
 
@@ -126,10 +130,9 @@ def _is_root(node: fx.Node) -> bool:
 
 
 def _axes(node: fx.Node) -> list[int]:
-    for value in node.args[1:]:
-        if isinstance(value, list | tuple):
-            return [int(a) for a in value]
-    return [int(a) for a in node.kwargs.get("dim") or []]
+    args: Any = node.args[1:]
+    dim: Any = node.kwargs.get("dim")
+    return [int(a) for a in next((value for value in args if isinstance(value, list | tuple)), dim or [])]
 
 
 def _output_scale(statistic: fx.Node, x: tuple[int, ...]) -> float:

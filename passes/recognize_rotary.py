@@ -47,7 +47,8 @@ def recognize_rotary(module: fx.GraphModule, flow: Flow) -> int:
 
 
 def _rotation(output: fx.Node, flow: Flow) -> tuple[fx.Node, list[fx.Node]] | None:
-    frontier, inside = {output}, []
+    frontier = {output}
+    inside: list[fx.Node] = []
     products = signs = 0
     while len(inside) < LONGEST:
         node = max(frontier)

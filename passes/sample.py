@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,9 +31,9 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
     squares = {op: 0.0 for op in wanted}
     output = 0.0
     for _ in range(DRAWS):
-        leaves: dict[fx.Node, torch.Tensor] = {}
+        leaves: dict[fx.Node, Any] = {}
 
-        def value(n: fx.Node, leaves=leaves):
+        def value(n: fx.Node, leaves: dict[fx.Node, Any] = leaves) -> Any:
             if n not in leaves:
                 leaves[n] = _random(n.meta["val"], call.scales.get(n, 1.0), generator)
             return leaves[n]
@@ -40,8 +41,8 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
         try:
             with torch.enable_grad():
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-                target = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
-                result = target(*args, **kwargs)  # type: ignore[operator]
+                target: Any = module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+                result = target(*args, **kwargs)
                 results = [
                     r
                     for r in (result if isinstance(result, tuple | list) else (result,))
@@ -71,8 +72,8 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
         if index is None:
             sensitivity[name] = math.sqrt(square)
         else:
-            whole = sensitivity.setdefault(name, [0.0] * len(call.args[name]))
-            whole[index] = math.sqrt(square)  # type: ignore[index]
+            whole: Any = sensitivity.setdefault(name, [0.0] * len(call.args[name]))
+            whole[index] = math.sqrt(square)
     scale = math.sqrt(output)
     if not math.isfinite(scale) or not all(math.isfinite(v) for v in squares.values()):
         raise SamplingError("its output or derivative on random inputs is not finite")

@@ -11,7 +11,8 @@ Assumes a functional graph and its flow. Promises the same outputs, up to the ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,7 +26,7 @@ from .flow import Flow
 from .layout import feature_slice, replay
 
 #: op -> (weight operand, its output axis, axis of the features in the output)
-LAYERS = {
+LAYERS: dict[Any, tuple[str, int, int]] = {
     aten.linear.default: ("weight", 0, -1),
     aten.addmm.default: ("mat2", 1, -1),
     aten.mm.default: ("mat2", 1, -1),
@@ -127,7 +128,7 @@ def _rewrite(
             bias = next((args[b] for b in BIASES if isinstance(args.get(b), fx.Node)), None)
             if bias is not None:
                 swapped[bias] = _take(graph, bias, 0, part)
-            layer = graph.node_copy(node, lambda n, swapped=swapped: swapped.get(n, n))
+            layer = _copy(graph, node, swapped)
         layer.meta["val"] = node.meta["val"].new_empty([*shape[:axis], width, *shape[axis + 1 :]])
         made.append(layer)
         for holder, view in holders:
@@ -135,6 +136,10 @@ def _rewrite(
                 _rebuild(graph, layer, holder, view, part, shape, axis)
     graph.eliminate_dead_code()
     return made
+
+
+def _copy(graph: fx.Graph, node: fx.Node, swapped: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    return graph.node_copy(node, lambda n: swapped.get(n, n))
 
 
 def _take(graph: fx.Graph, weight: fx.Node, axis: int, part: Slice) -> fx.Node:
@@ -163,7 +168,8 @@ def _rebuild(
         index = stride // unit
         return unit * (index // part.period * width if index >= part.period else index)
 
-    dims = sorted(range(view.dim()), key=lambda d: (view.shape[d] > 1, -shrunk(view.stride(d))))
+    strides = view.stride()
+    dims = sorted(range(view.dim()), key=lambda d: (view.shape[d] > 1, -shrunk(strides[d])))
     arranged = graph.call_function(aten.view.default, (layer, [view.shape[d] for d in dims]))
     arranged.meta = dict(holder.meta) | {"val": layer.meta["val"].view([view.shape[d] for d in dims])}
     result = arranged

@@ -27,7 +27,7 @@ FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipeline", ("pipeline",)),
     ("codegen", ("codegen",)),
     ("optimizer", ("base_step", "optim")),
-    ("report", ("report",)),
+    ("report", ("report_rows", "report")),
     ("torch.compile backend", ("compile",)),
     ("package", ("__init__",)),
     ("models and data", ("models_zoo",)),
