@@ -1,4 +1,4 @@
-"""A small training loop, without output of its own: one model, one optimizer, some batches, and the losses they give."""
+"""A small training loop, with no output of its own: a model, an optimizer and batches in, the losses out."""
 
 from __future__ import annotations
 

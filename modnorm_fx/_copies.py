@@ -49,7 +49,6 @@ __all__ = [
     "real_copy",
     "real_inputs",
     "short",
-    "unchanged",
     "undisturbed",
 ]
 
@@ -71,7 +70,6 @@ NEEDS_VALUES = (
 def fake_copy(model: nn.Module, *, training: bool = False) -> tuple[nn.Module, FakeTensorMode]:
     """A copy of `model` without values, in the given mode, and the FakeTensorMode that its tensors belong to."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-
     return _copy(model, lambda tensor: _fake(tensor, mode), training), mode
 
 
@@ -151,23 +149,13 @@ def real_inputs(inputs: Any) -> Any:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts the attributes of every module back at the end: a hook of a copy may still refer to the original."""
-    places: list[Any] = [vars(module) for module in model.modules()]
-    places += [v for place in places for v in place.values() if type(v) in (dict, OrderedDict, list, set)]
-    before = [place.copy() for place in places]
-    try:
-        yield
-    finally:
-        for place, content in zip(places, before, strict=True):
-            place.clear()
-            (place.extend if isinstance(place, list) else place.update)(content)
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No gradients, no inference mode, tensors on the CPU, silence.
 
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """No gradients, no inference mode, tensors on the CPU, silence; puts random states and caches back at the end."""
+    At the end random states, caches and the attributes of `model` are as before.
+    """
     with ExitStack() as stack:
+        stack.enter_context(_unchanged(model))
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.callback(random.setstate, random.getstate())
@@ -184,6 +172,20 @@ def undisturbed() -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.callback(_forget_fake_tensors)
         yield
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts the attributes of every module back at the end: a hook of a copy may still refer to the original."""
+    places: list[Any] = [vars(module) for module in model.modules()]
+    places += [v for place in places for v in place.values() if type(v) in (dict, OrderedDict, list, set)]
+    before = [place.copy() for place in places]
+    try:
+        yield
+    finally:
+        for place, content in zip(places, before, strict=True):
+            place.clear()
+            (place.extend if isinstance(place, list) else place.update)(content)
 
 
 def _forget_fake_tensors() -> None:
@@ -256,7 +258,7 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], training: bool)
 def _without_extras(module: nn.Module) -> None:
     """Switches off what has no place in a graph: key-value caches, checkpointing, attention kernels that need a GPU."""
     if getattr(module, "gradient_checkpointing", False) is True:
-        module.gradient_checkpointing = False
+        module.gradient_checkpointing = False  # type: ignore[assignment]
     configs, seen = [getattr(module, "config", None)], set()
     while configs:
         config = configs.pop()

@@ -41,7 +41,6 @@ from ._copies import (
     real_copy,
     real_inputs,
     short,
-    unchanged,
     undisturbed,
 )
 from .errors import CaptureError, ModelMismatchError, ModnormError, WeightError
@@ -55,7 +54,8 @@ Trace = tuple[fx.GraphModule, list[Key], dict[str, Tensor]]
 
 #: the order of placeholders
 KINDS: tuple[Kind, ...] = ("parameter", "buffer", "constant", "user")
-#: higher-order operations that only run a sub-graph under some setting; the sub-graph takes their place
+#: higher-order operations that only run a sub-graph under some setting; the sub-graph takes their place (so autocast
+#: within a model is not kept)
 WRAPPERS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast", "tag_activation_checkpoint"})
 #: operations that compute nothing: checks that tracing leaves behind
 CHECKS = (
@@ -136,7 +136,7 @@ def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping
 
     Args:
         model: any module; its weights may be real, on `meta`, or fake.
-        args: positional arguments of `model`; tensors may be real, on `meta`, or fake.
+        args: positional arguments of `model`, or the only one; tensors may be real, on `meta`, or fake.
         kwargs: keyword arguments. Without `args` and `kwargs`, inputs are made up for models whose library says what
             they eat (see `modnorm_fx.inputs`).
 
@@ -148,8 +148,9 @@ def capture(model: nn.Module, args: Sequence[Any] | None = None, kwargs: Mapping
         raise WeightError(f"{type(model).__name__} has no parameters, so there is nothing to normalise.")
     if args is None and kwargs is None:
         args, kwargs = example_inputs(model)
-    with undisturbed(), unchanged(model):
-        return _capture(model, tuple(args or ()), without_cache(model, dict(kwargs or {})))
+    args = () if args is None else tuple(args) if isinstance(args, list | tuple) else (args,)
+    with undisturbed(model):
+        return _capture(model, args, without_cache(model, dict(kwargs or {})))
 
 
 def where(node: fx.Node) -> str | None:

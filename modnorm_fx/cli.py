@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,12 @@ from torch import Tensor, nn
 
 from . import __version__, report
 from .conventions import PAPER, TRACKED
-from .errors import CaptureError, ModnormError, NonFiniteError
+from .errors import CaptureError, ModnormError
 from .explain import STAGES
 from .inputs import example_inputs
 from .models_zoo import SIZES, build
 from .models_zoo.data import Corpus, Images, digits, text
+from .models_zoo.train import Curve, evaluate, train
 from .norm import ModularNorm
 from .optim import ModularOptimizer
 from .pipeline import convert
@@ -87,20 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
 
     usage = "modnorm-fx train SPEC [options]"
-    train = add("train", usage=usage, help="train a causal language model or an image classifier")
-    train.add_argument("--data", metavar="FILE", type=Path, help="text for language models (default: Python's sources)")
-    train.add_argument("--steps", type=_count, default=100, metavar="N", help="default: %(default)s")
-    train.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
-    train.add_argument("--lr", type=_amount, default=0.5, help="modular norm of a step (default: %(default)s)")
-    train.add_argument("--weight-decay", type=_amount, default=0.0, metavar="X", help="default: %(default)s")
-    train.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="the base (default: %(default)s)")
-    train.add_argument("--mode", choices=("normalize", "dualize"), default="normalize", help="default: %(default)s")
-    train.add_argument("--keep-init", action="store_true", help="train from the model's own initialisation")
-    train.add_argument("--compare", action="store_true", help="also train with the base optimizer alone")
-    train.add_argument("--base-lr", type=_amount, metavar="LR", help="its lr in that run (default: a usual one)")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    train.add_argument("--device", default="cpu", help="default: %(default)s")
-    train.set_defaults(run=_train)
+    training = add("train", usage=usage, help="train a causal language model or an image classifier")
+    training.add_argument(
+        "--data", metavar="FILE", type=Path, help="text for language models (default: Python's sources)"
+    )
+    training.add_argument("--steps", type=_count, default=100, metavar="N", help="default: %(default)s")
+    training.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
+    training.add_argument("--lr", type=_amount, default=0.5, help="modular norm of a step (default: %(default)s)")
+    training.add_argument("--weight-decay", type=_amount, default=0.0, metavar="X", help="default: %(default)s")
+    training.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="the base (default: %(default)s)")
+    training.add_argument("--mode", choices=("normalize", "dualize"), default="normalize", help="default: %(default)s")
+    training.add_argument("--keep-init", action="store_true", help="train from the model's own initialisation")
+    training.add_argument("--compare", action="store_true", help="also train with the base optimizer alone")
+    training.add_argument("--base-lr", type=_amount, metavar="LR", help="its lr in that run (default: a usual one)")
+    training.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    training.add_argument("--device", default="cpu", help="default: %(default)s")
+    training.set_defaults(run=_train)
     return parser
 
 
@@ -275,11 +277,9 @@ class Task:
 class Result:
     name: str
     lr: float
-    train_loss: float
+    curve: Curve
     val_loss: float
     val_accuracy: float
-    seconds: float
-    diverged: int | None = None
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -295,15 +295,15 @@ def _train(args: argparse.Namespace) -> int:
     make, usual_lr = OPTIMIZERS[args.optimizer]
     base = make(model.parameters(), lr=usual_lr, weight_decay=0.0)
     optimizer = ModularOptimizer(base, norm, lr=args.lr, weight_decay=args.weight_decay, mode=args.mode)
-    results = [_run(f"modular {args.optimizer}", args, task, model, optimizer, args.lr)]
+    results = [_run(f"modular {args.optimizer}", args, task, model, optimizer)]
     if args.compare:
         lr = usual_lr if args.base_lr is None else args.base_lr
         alone = make(plain.parameters(), lr=lr, weight_decay=args.weight_decay)
-        results.append(_run(f"plain {args.optimizer}", args, task, plain, alone, lr))
+        results.append(_run(f"plain {args.optimizer}", args, task, plain, alone))
     size = sum(p.numel() for p in model.parameters())
-    print(f"{args.spec}, {size:,} parameters, {args.steps} steps of {args.batch} on {task.source}")
+    print(f"{args.spec}, {size:,} parameters, {args.steps} steps of {args.batch} on {task.source}, lr falling to 0")
     print(_table(results))
-    if (step := results[0].diverged) is not None:
+    if (step := results[0].curve.diverged) is not None:
         raise ModnormError(f"The loss was not finite at step {step} of the modular run.", do="Pass a lower --lr.")
     return 0
 
@@ -317,11 +317,15 @@ def _task(args: argparse.Namespace) -> Task:
     floating = [x for x in (*(given or ()), *(named or {}).values()) if isinstance(x, Tensor) and x.is_floating_point()]
     if not floating:
         return _text_task(text(args.data), args)
-    if floating[0].dim() != 4:
+    shape = tuple(floating[0].shape[1:])
+    if len(shape) == 1:  # flattened images
+        squares = ((c, size, size) for c in (1, 3) for size in [math.isqrt(shape[0] // c)])
+        shape = next((square for square in squares if math.prod(square) == shape[0]), shape)
+    if len(shape) != 3:
         raise _untrainable(args.spec, f"it takes a tensor of shape {list(floating[0].shape)}")
     if args.data is not None:
         raise ModnormError("--data is a text, and this model takes images.", do="Leave it out: digits are built in.")
-    return _image_task(digits(), args, tuple(floating[0].shape[1:]))
+    return _image_task(digits(), args, shape, flat=floating[0].dim() == 2)
 
 
 def _text_task(corpus: Corpus, args: argparse.Namespace) -> Task:
@@ -335,11 +339,12 @@ def _text_task(corpus: Corpus, args: argparse.Namespace) -> Task:
     return Task(batches, validation, corpus.vocab, corpus.source, is_text=True)
 
 
-def _image_task(images: Images, args: argparse.Namespace, shape: tuple[int, ...]) -> Task:
+def _image_task(images: Images, args: argparse.Namespace, shape: tuple[int, ...], flat: bool) -> Task:
     channels, *size = shape
 
     def fit(image: Tensor) -> Tensor:
-        return F.interpolate(image, size=size, mode="bilinear").expand(-1, channels, -1, -1)
+        image = F.interpolate(image, size=size, mode="bilinear").expand(-1, channels, -1, -1)
+        return image.flatten(1) if flat else image
 
     def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         return ((fit(image), label) for image, label in images.batches("train", args.batch, seed))
@@ -403,55 +408,40 @@ def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits if hasattr(output, "logits") else output[0]
 
 
-def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Cross-entropy, and the share of right answers."""
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     logits = _logits(model, inputs).flatten(0, -2).float()
-    labels = labels.flatten().to(logits.device)
-    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean().item()
+    return F.cross_entropy(logits, labels.flatten().to(logits.device))
 
 
-def _run(name: str, args: argparse.Namespace, task: Task, model: nn.Module, optimizer: Any, lr: float) -> Result:
+def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    logits = _logits(model, inputs)
+    return (logits.argmax(-1) == labels.to(logits.device)).float().mean()
+
+
+def _run(name: str, args: argparse.Namespace, task: Task, model: nn.Module, optimizer: torch.optim.Optimizer) -> Result:
     from tqdm import tqdm
 
+    (lr,) = {group["lr"] for group in optimizer.param_groups}
     torch.manual_seed(args.seed)  # dropout
-    losses: list[float] = []
-    diverged = None
-    start = time.perf_counter()
     with tqdm(total=args.steps, desc=name, disable=not sys.stderr.isatty(), leave=False) as bar:
-        for step, batch in zip(range(1, args.steps + 1), task.batches(args.seed), strict=False):
-            loss, _ = _loss(model, *batch)
-            losses.append(loss.item())
-            try:
-                if not math.isfinite(losses[-1]):
-                    raise NonFiniteError("The loss is not finite.")
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            except NonFiniteError:
-                diverged = step
-                break
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+
+        def watch(step: int, loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
-    seconds = (time.perf_counter() - start) / len(losses)
-    model.eval()
-    val_loss = val_accuracy = 0.0
-    count = sum(len(labels) for _, labels in task.validation)
-    with torch.no_grad(), _working("validating"):
-        for inputs, labels in task.validation:
-            loss, right = _loss(model, inputs, labels)
-            val_loss += loss.item() * len(labels) / count
-            val_accuracy += right * len(labels) / count
-    tail = losses[-max(1, len(losses) // 10) :]
-    return Result(name, lr, math.fsum(tail) / len(tail), val_loss, val_accuracy, seconds, diverged)
+
+        curve = train(model, optimizer, task.batches(args.seed), args.steps, loss=_loss, watch=watch)
+    with _working("validating"):
+        val_loss, val_accuracy = (evaluate(model, task.validation, loss=score) for score in (_loss, _accuracy))
+    return Result(name, lr, curve, val_loss, val_accuracy)
 
 
 def _table(results: Sequence[Result]) -> str:
     rows = [["", "lr", "train loss", "val loss", "val accuracy", "s/step"]]
     for r in results:
-        numbers = [f"{r.train_loss:.3f}", f"{r.val_loss:.3f}", f"{r.val_accuracy:.1%}"]
-        if r.diverged is not None:
-            numbers = [f"diverged at step {r.diverged}", "", ""]
-        rows.append([r.name, f"{r.lr:g}", *numbers, f"{r.seconds:.3f}"])
+        numbers = [f"{r.curve.final:.3f}", f"{r.val_loss:.3f}", f"{r.val_accuracy:.1%}"]
+        if r.curve.diverged is not None:
+            numbers = [f"diverged at step {r.curve.diverged}", "", ""]
+        rows.append([r.name, f"{r.lr:g}", *numbers, f"{r.curve.seconds / len(r.curve.losses):.3f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
     return "\n".join(line.rstrip() for line in lines)

@@ -55,7 +55,7 @@ def example_inputs(model: nn.Module) -> Inputs:
             do=_how_to_pass(model),
         )
     failures = []
-    with undisturbed():
+    with undisturbed(model):
         for args, kwargs in candidates:
             try:
                 dry_run(model, args, kwargs)
@@ -137,7 +137,7 @@ def _for_transformers(model: nn.Module) -> Iterator[Inputs]:
     core = [name for name in known if parameters[name].default is inspect.Parameter.empty]
     core += [str(model.main_input_name)]
     if _find(model.config, "is_encoder_decoder"):
-        core += ["attention_mask", "decoder_input_ids"]
+        core += ["decoder_input_ids", *(["attention_mask"] if model.main_input_name == "input_ids" else [])]
     if "input_ids" in known and "pixel_values" in known:
         yield from _with_image_tokens(model, known)
     more = [name for name in OPTIONAL_DATA if name in known and name not in core]
@@ -165,7 +165,8 @@ def _with_image_tokens(model: nn.Module, known: list[str]) -> Iterator[Inputs]:
     token = _find(model.config, "image_token_id", "image_token_index")
     if token is None or not hasattr(model, "get_image_features"):
         return
-    accepted = inspect.signature(model.get_image_features).parameters
+    method: Any = model.get_image_features
+    accepted = inspect.signature(method).parameters
     for image in _images(model, known):
         try:
             features = dry_run(
@@ -256,10 +257,11 @@ def _noise(model: nn.Module, *shape: int) -> Tensor:
 
 def _ids(model: nn.Module, batch: int, length: int) -> Tensor:
     """Token ids that the configuration does not call special."""
-    vocabulary = _find(model.config, "vocab_size", "src_vocab_size", "n_vocab", "text_vocab_size") or 100
+    config: Any = model.config
+    vocabulary = _find(config, "vocab_size", "src_vocab_size", "n_vocab", "text_vocab_size") or 100
     vocabulary = vocabulary[0] if isinstance(vocabulary, list | tuple) else vocabulary
     special = {
-        leaf for path, leaf in pytree.tree_leaves_with_path(model.config.to_dict()) if "_token_i" in pytree.keystr(path)
+        leaf for path, leaf in pytree.tree_leaves_with_path(config.to_dict()) if "_token_i" in pytree.keystr(path)
     }
     usable = [index for index in range(min(int(vocabulary), 256)) if index not in special] or [0]
     return torch.tensor(usable)[torch.randint(len(usable), (batch, length), generator=torch.Generator().manual_seed(0))]

@@ -162,7 +162,7 @@ class ModularNorm:
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        """For pickling: without the stages and without the binding, which is by identity; ``bind`` the copy to a model."""
+        """For pickling: without the stages and without the binding, which is by identity: ``bind`` the copy anew."""
         return self.__dict__ | {"stages": {}, "_parameters": {}}
 
     # --- binding to a model -----------------------------------------------------------------------------------------

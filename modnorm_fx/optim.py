@@ -111,7 +111,7 @@ class ModularOptimizer(Optimizer):
     # Groups and state ------------------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's state, shared."""
         return self.base.state
 
@@ -215,7 +215,7 @@ class ModularOptimizer(Optimizer):
     # The step --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of modular norm `lr`; returns the closure's loss, if there is a closure.
 
         A closure is passed on to a base that depends on the weights, which may call it several times; otherwise it is
@@ -262,7 +262,7 @@ class ModularOptimizer(Optimizer):
         self._check_known(params)
         active = [(i, self._names[p], p) for i, p in params if p.requires_grad and p.grad is not None]
         for _, name, p in active:
-            if p.grad.layout != torch.strided:  # type: ignore[union-attr]
+            if p.grad.layout != torch.strided:
                 raise OptimizerError(
                     f"The gradient of {name} is sparse.",
                     why="the norm of an update is taken over the whole weight",
@@ -281,7 +281,7 @@ class ModularOptimizer(Optimizer):
         """The norm knows these (group index, parameter) by name and shape; remembers the names."""
         unknown = []
         for index, p in params:
-            name = self._names.get(p) or self.norm.parameter_name(p)  # type: ignore[arg-type]
+            name = self._names.get(p) or self.norm.parameter_name(p)
             if name is None:
                 unknown.append(f"shape {list(p.shape)} in group {index}")
             elif tuple(p.shape) != tuple(self.norm.shapes[name]):

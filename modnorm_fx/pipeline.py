@@ -153,7 +153,7 @@ def convert(
     for path, mass in (masses or {}).items():
         if path not in named:
             norm = norm.tare(path, mass)
-    for text in (_unused(norm.unused), _partly_used(norm)):
+    for text in (_unused(norm.unused), _partly_used(norm), _sampled(norm)):
         if text:
             warnings.warn(text, stacklevel=2)
     return norm
@@ -168,6 +168,19 @@ def _agree(norm: ModularNorm, sensitivities: Sensitivities) -> None:
                 f"The tree gives {part.node.key!r} a gain of {part.gain:.6g} and the graph {gain:.6g}.",
                 do="This is a defect of modnorm_fx: please report it with the model.",
             )
+
+
+def _sampled(norm: ModularNorm, most: int = 8) -> str:
+    """Names weights whose number is an estimate, because the op that uses them has no rule."""
+    keys = [leaf.key for leaf in norm.leaves if leaf.status == "sampled"]
+    if not keys:
+        return ""
+    shown = ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    return (
+        f"The effect of {len(keys)} weight{'s' if len(keys) > 1 else ''} was estimated by running ops on random "
+        f"inputs, because no rule or atom describes their use: {shown}. Pass unknown='error' to see each "
+        "op and its place."
+    )
 
 
 def _unused(names: tuple[str, ...], most: int = 8) -> str:

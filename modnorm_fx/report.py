@@ -69,7 +69,7 @@ def _footer(norm: ModularNorm, shown: str) -> list[str]:
         *lines,
         "sensitivity: of the network's output to that of the weight's op · scale: of what the weight multiplies",
         f"target: {share} / (sensitivity · scale), the norm of the weight's update in a step of lr 1",
-        *["a weight of several uses: its mass and its sensitivity · scale add up over them"] * (" use" in shown),
+        *["a weight of several uses: its mass and its sensitivity · scale (where counted) add up"] * (" use" in shown),
         " · ".join(meaning for sign, meaning in LEGEND.items() if sign in shown),
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -138,11 +138,10 @@ class _Layout:
     def __init__(self, norm: ModularNorm):
         self.convention = norm.convention
         self.leaf: dict[str, Leaf] = {leaf.key: leaf for leaf in norm.leaves}
-        self.parts: dict[tuple[str, int], tuple[int, T.Allotment]] = {}
-        self.uses: Counter[str] = Counter()
+        self.uses: dict[str, list[T.Allotment]] = defaultdict(list)
         for part in T.allot(norm.tree, norm.convention):
-            self.uses[part.node.key] += 1
-            self.parts[part.node.key, part.node.use] = self.uses[part.node.key], part
+            self.uses[part.node.key].append(part)
+        self.counted = {id(part) for uses in self.uses.values() for part in self.convention.binding(uses)}
 
     def sequence(self, lanes: Sequence[T.Node]) -> tuple[Row, ...]:
         rows: list[Row] = []
@@ -173,41 +172,49 @@ class _Layout:
 
     def _atom(self, lanes: Sequence[T.AtomNode]) -> Row:
         """A weight's columns are its leaf's; a use of a tied weight shows its own share, sensitivity and scale."""
-        leaves = [self.leaf[node.key] for node in lanes]
-        found = [self.parts[node.key, node.use] for node in lanes]
-        once = [self.uses[node.key] == 1 for node in lanes]
-        columns = [
-            [x.mass if single else node.own_mass for x, node, single in zip(leaves, lanes, once, strict=True)],
-            [x.sensitivity if single else p.sensitivity for x, (_, p), single in zip(leaves, found, once, strict=True)],
-            [x.scale if single else node.gain for x, node, single in zip(leaves, lanes, once, strict=True)],
-            [x.target for x in leaves],
-        ]
+        columns: tuple[list[float], ...] = ([], [], [], [])
+        found: dict[str, list[int]] = defaultdict(list)
+        for node in lanes:
+            leaf, uses = self.leaf[node.key], self.uses[node.key]
+            found[node.key].append(next(i for i, part in enumerate(uses) if part.node.use == node.use))
+            part = uses[found[node.key][-1]]
+            own = (node.own_mass, part.sensitivity, node.gain, leaf.target)
+            numbers = own if len(uses) > 1 else (leaf.mass, leaf.sensitivity, leaf.scale, leaf.target)
+            for column, value in zip(columns, numbers, strict=True):
+                column.append(value)
         cells = [span(column) for column in columns]
         if any(node.status == "sampled" for node in lanes):
             cells[2] = "~" + cells[2]
-        uses: dict[str, list[int]] = defaultdict(list)
-        for node, (use, _) in zip(lanes, found, strict=True):
-            uses[node.key].append(use)
         by_note: dict[str, list[str]] = defaultdict(list)
-        for key, those in uses.items():
-            count = self.uses[key]
-            note = f"({count} uses)" if len(those) == count else f"(use {_braces(those)} of {count})"
-            by_note[note if count > 1 else ""].append(key)
+        for key, those in found.items():
+            by_note[self._note(key, those)].append(key)
         (label, note), *more = [(name, note) for note, keys in by_note.items() for name in pattern(keys)]
         rest = tuple(" ".join(filter(None, pair)) for pair in more)
         atom = lanes[0].atom
         return Row("atom", label, note, rest, atom.describe(), atom.is_matrix, tuple(cells), tuple(map(tuple, columns)))
 
+    def _note(self, key: str, those: list[int]) -> str:
+        """Which of several uses of a weight are meant, and whether its norm counts them."""
+        uses = self.uses[key]
+        if len(uses) == 1:
+            return ""
+        some = (
+            f"use {_braces([i + 1 for i in those])} of {len(uses)}" if len(those) < len(uses) else f"{len(uses)} uses"
+        )
+        return f"({some})" if any(id(uses[i]) in self.counted for i in those) else f"({some}, not counted)"
+
     def _power(self, lanes: Sequence[T.Node]) -> Row:
         copies = [copy for lane in lanes for copy in lane.children]
-        place = pattern(_common([leaf.key for leaf in T.leaves(copy)]) for copy in copies)
-        label = f"×{len(lanes[0].children)} copies" + (f" of {place[0]}" if len(place) == 1 and "{" in place[0] else "")
+        places = pattern(_common([leaf.key for leaf in T.leaves(copy)]) for copy in copies)
+        place = re.match(r".*\}[^.]*", places[0]) if len(places) == 1 else None  # up to the last number that varies
+        label = f"×{len(lanes[0].children)} copies" + (f" of {place[0]}" if place else "")
         return Row("power", label, cells=(span([lane.mass for lane in lanes]),), branches=(self.sequence(copies),))
 
     def _tuple(self, lanes: Sequence[T.Node]) -> Row:
         branches = [self.sequence(branch) for branch in zip(*(_branches(lane) for lane in lanes), strict=True)]
         join = lanes[0].join  # type: ignore[attr-defined]
-        label = "residual" if join == "add" and () in branches and any(branches) else join
+        weighted = [any(True for _ in T.leaves(branch)) for branch in _branches(lanes[0])]
+        label = "residual" if join == "add" and any(weighted) and not all(weighted) else join
         below = tuple(branch or (IDENTITY,) for branch in branches)
         return Row("tuple", f"{label} ×{self._own(lanes)}", branches=below)
 

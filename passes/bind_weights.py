@@ -123,8 +123,13 @@ def _follow(
 
 
 def _take(value: _Value, part: Slice) -> _Value | None:
-    if value.through:
+    if "index" in value.through:
         return None
+    block = _cut(value.shape, value.view)
+    if block is None:
+        return None
+    slices, shape, view = block  # of a slice of a slice the first one
+    value = _Value(_join(value.slices, slices), shape, view, value.through)
     whole = torch.empty(value.shape, device="meta")
     if tuple(value.view.shape) != value.shape or value.view.stride() != whole.stride():
         if (
@@ -134,26 +139,46 @@ def _take(value: _Value, part: Slice) -> _Value | None:
         ):
             part = Slice(1 - part.axis, part.start, part.stop, part.period)  # a slice of the transpose
             taken = part.read(whole)
-            return _Value(value.slices + (part,), tuple(taken.shape), torch.empty(taken.shape, device="meta").t(), ())
+            view = torch.empty(taken.shape, device="meta").t()
+            return _Value(_join(value.slices, (part,)), tuple(taken.shape), view, value.through)
         return None
     taken = part.read(whole)
-    return _Value(value.slices + (part,), tuple(taken.shape), torch.empty(taken.shape, device="meta"), ())
+    view = torch.empty(taken.shape, device="meta")
+    return _Value(_join(value.slices, (part,)), tuple(taken.shape), view, value.through)
 
 
 def resolve(use: WeightUse) -> WeightUse:
     """Turns a view that covers one block of the part into a slice of the parameter, so that two uses of two blocks
     are two weights."""
-    whole = torch.empty(use.shape, device="meta")
-    found = sliced(use.view, whole)
-    if found is None:
+    block = _cut(use.shape, use.view)
+    if block is None:
         raise _lost(use.node, use.parameter, use.node)
+    slices, shape, view = block
+    return WeightUse(use.node, use.operand, use.parameter, _join(use.slices, slices), shape, view, use.through)
+
+
+def _join(slices: tuple[Slice, ...], more: tuple[Slice, ...]) -> tuple[Slice, ...]:
+    """Slices of slices; one of all that the slice before it left is one slice: ``[16:48][0:16]`` is ``[16:32]``."""
+    if not slices or not more:
+        return slices + more
+    last, part = slices[-1], more[0]
+    if last.axis != part.axis or part.period != last.stop - last.start:
+        return slices + more
+    return (*slices[:-1], Slice(last.axis, last.start + part.start, last.start + part.stop, last.period))
+
+
+def _cut(shape: tuple[int, ...], view: torch.Tensor) -> tuple[tuple[Slice, ...], tuple[int, ...], torch.Tensor] | None:
+    """The block along one axis that a view covers: its slice (none for all), its shape, and the view over it. None
+    where the view covers no such block."""
+    whole = torch.empty(shape, device="meta")
+    found = sliced(view, whole)
     if not found:
-        return use
+        return None if found is None else ((), shape, view)
     (part,) = found
     taken = torch.empty(part.read(whole).shape, device="meta")
-    strides = _restride(use.view, whole, taken)
-    view = torch.empty(0, device="meta").set_(taken.untyped_storage(), 0, tuple(use.view.shape), strides)
-    return WeightUse(use.node, use.operand, use.parameter, use.slices + (part,), tuple(taken.shape), view, use.through)
+    strides = _restride(view, whole, taken)
+    moved = torch.empty(0, device="meta").set_(taken.untyped_storage(), 0, tuple(view.shape), strides)
+    return found, tuple(taken.shape), moved
 
 
 def _restride(view: torch.Tensor, whole: torch.Tensor, part: torch.Tensor) -> tuple[int, ...]:

@@ -38,7 +38,8 @@ class Flow:
     parameters: dict[fx.Node, fx.Node]
 
     def signal(self, node: fx.Node) -> bool:
-        return self.kinds.get(node) is Kind.SIGNAL
+        """A region that was cut out of the graph since counts as what it was cut out of: a signal."""
+        return self.kinds.get(node, Kind.SIGNAL if node.op == "call_module" else None) is Kind.SIGNAL
 
     def weight(self, node: fx.Node) -> bool:
         return self.kinds.get(node) is Kind.WEIGHT
@@ -72,6 +73,23 @@ COPIES = frozenset(
 )
 
 
+#: ops that read the shape of a tensor and not its entries.
+SHAPE_ONLY = frozenset(
+    {
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.rand_like.default,
+        aten.randn_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+    }
+)
+
+
 def is_float(node: fx.Node) -> bool:
     """Whether the node's value is (or contains) a floating-point tensor."""
     value = node.meta.get("val")
@@ -95,7 +113,7 @@ def classify_flow(module: fx.GraphModule, inputs: tuple[Input, ...], *, rules: R
         if node.op in ("placeholder", "output"):
             continue
         sources = node.all_input_nodes
-        if not is_float(node) or all(kinds[s] is Kind.EXOGENOUS for s in sources):
+        if not is_float(node) or node.target in SHAPE_ONLY or all(kinds[s] is Kind.EXOGENOUS for s in sources):
             kinds[node] = Kind.EXOGENOUS
             continue
         weights = [s for s in sources if kinds[s] is Kind.WEIGHT]

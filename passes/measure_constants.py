@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .flow import Flow, is_float
+from .flow import SHAPE_ONLY, Flow, is_float
 
 #: beyond this many entries a constant is not evaluated
 LARGEST = 10_000_000
@@ -24,7 +24,7 @@ def measure_constants(module: fx.GraphModule, flow: Flow) -> dict[fx.Node, float
     known: set[fx.Node] = set()
     wanted: list[fx.Node] = []
     for node in module.graph.nodes:
-        if node.op == "call_function" and flow.exogenous(node) and all(s in known for s in node.all_input_nodes):
+        if node.op == "call_function" and flow.exogenous(node) and all(s in known for s in _sources(node)):
             known.add(node)
             if is_float(node) and any(flow.signal(u) for u in node.users):
                 wanted.append(node)
@@ -45,7 +45,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if top in values:
             todo.pop()
             continue
-        missing = [s for s in top.all_input_nodes if s not in values]
+        missing = [s for s in _sources(top) if s not in values]
         if missing:
             todo.extend(missing)
             continue
@@ -55,13 +55,24 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 
 def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    if any(values[s] is None for s in node.all_input_nodes):
+    if any(values[s] is None for s in _sources(node)):
         return None
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.numel() > LARGEST:
         return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n] if n in values else _like(n))
     kwargs = {k: (torch.device("cpu") if isinstance(v, torch.device) else v) for k, v in kwargs.items()}
     function: Any = node.target
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # noise that a model adds is the same noise every time
+        torch.default_generator.manual_seed(0)
         return function(*args, **kwargs)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """What the value depends on: nothing for ops that only read a shape."""
+    return [] if node.target in SHAPE_ONLY else node.all_input_nodes
+
+
+def _like(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    return torch.empty(tuple(value.shape), dtype=value.dtype)

@@ -2,9 +2,10 @@
 
 Assumes typed weights. Promises, for every signal node, its expected RMS and, for each of its signal or weight
 operands, the change of the node per change of the operand. Under ``paper`` every scale is 1. Weights count as norm 1
-by declaration, biases and logit biases as 0 (they start there), tables at the scale of what they are added to or
-joined with; an embedding that is tied to a head is declared at 1/√d, which is its row norm when the head has norm 1
-(and all embeddings of its width with it: a larger one would drown it). An op without a rule is sampled or refused;
+by declaration, biases and logit biases as 0 (they start there; 1 in a sum of parameters alone), tables at the scale
+of what they are added to or joined with; an embedding that is tied to a head is declared at 1/√d, which is its row
+norm when the head has norm 1 (and all embeddings of its width with it: a larger one would drown it). An op without a
+rule is sampled or refused, and so is one whose rule would divide by an operand of scale zero;
 all refusals are raised together.
 """
 
@@ -19,7 +20,7 @@ from modnorm_fx.atoms import Atom, Bias, Embedding, LogitBias, Table
 from modnorm_fx.capture import where
 from modnorm_fx.conventions import Convention
 from modnorm_fx.errors import UnknownOpError
-from modnorm_fx.rules import Call, Local, Operand, RuleTable, arguments, operands
+from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, operands
 
 from .canonicalize import aten
 from .flow import Flow, is_float
@@ -88,8 +89,8 @@ def propagate_scales(
         )
         if getattr(node.target, "__name__", "") == "getitem":
             local, status = Local(call.scale("arg0"), {"arg0": 1.0}), "exact"
-        elif key in rules and node not in sampled_weights:
-            local, status = rules[key].function(call), rules[key].status
+        elif key in rules and node not in sampled_weights and (found_by_rule := _apply(rules[key], call)) is not None:
+            local, status = found_by_rule, rules[key].status
         elif unknown == "error":
             failures.append(_unknown(node))
             local, status = Local(1.0, {}), "sampled"
@@ -155,9 +156,17 @@ def _operand_scales(
     return scales
 
 
+def _apply(rule: Rule, call: Call) -> Local | None:
+    """What the rule says, or None where it divides by the scale of an operand that is zero."""
+    try:
+        return rule.function(call)
+    except ZeroDivisionError:
+        return None
+
+
 def _declared(atom: Atom, width: float | None, others: list[float], convention: Convention) -> float:
     if isinstance(atom, Bias | LogitBias):
-        return 0.0
+        return 0.0 if others else 1.0  # a sum of parameters is a source of its own, not a shift
     if isinstance(atom, Table):
         return max(others, default=1.0)
     if isinstance(atom, Embedding) and width:

@@ -27,7 +27,14 @@ VIEWS = (
     aten.dropout.default,
     *CASTS,
 )
-MASKS = (aten.add.Tensor, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther)
+MASKS = (
+    aten.add.Tensor,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+)
 
 
 def recognize_attention(module: fx.GraphModule, flow: Flow) -> int:

@@ -22,8 +22,14 @@ from .canonicalize import aten, is_call, number, shape, strip
 ROOTS = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.default: -1.0}
 KEEPS = (aten.clamp_min.default, aten.clamp.default, aten.expand.default, aten.maximum.default)
 MEANS = (aten.mean.dim, aten.sum.dim_IntList)
-NORMS = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+NORMS = (aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
 VARIANCES = (aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim)
+SUMS = (aten.add.Tensor, aten.add.Scalar)
+SCALARS = (*SUMS, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+#: return (variance, mean)
+BOTH = (aten.var_mean.correction, aten.var_mean.dim)
+#: the most that may be added to a statistic without a change of its meaning; x / (1 + |x|) is no norm layer
+EPSILON = 1e-2
 
 
 def recognize_norms(module: fx.GraphModule) -> int:
@@ -41,8 +47,10 @@ def recognize_norms(module: fx.GraphModule) -> int:
 def _mean_subtract(module: fx.GraphModule, node: fx.Node) -> bool:
     args: Any = node.args
     x, m = args[:2]
-    mean = strip(m, aten.expand.default)
-    if not is_call(mean, aten.mean.dim) or strip(mean.args[0]) is not strip(x) or node.kwargs.get("alpha", 1) != 1:
+    mean = _picked(strip(m, aten.expand.default), 1)
+    if not is_call(mean, aten.mean.dim, *BOTH) or strip(mean.args[0]) is not strip(x):
+        return False
+    if node.kwargs.get("alpha", 1) != 1:
         return False
     inside = _between(node, x)
     extract(module, "mean_subtract", inside, node, {"input": x}, {"axes": _axes(mean)})
@@ -59,34 +67,37 @@ def _divide_by_rms(module: fx.GraphModule, node: fx.Node) -> bool:
         found = _statistic(factor)
         if found is None or not isinstance(x, fx.Node):
             continue
-        statistic, exponent, over = found
+        statistic, exponent, constant, over = found
         centred = _centred_input(module, x)
+        if centred is not None and _centred_input(module, over) is centred:
+            over = centred  # the mean was subtracted twice: once for the statistic, once for the signal
         if over is not strip(x) and over is not centred:
             continue
         power = exponent * (1 if _is_root(statistic) else 2)  # of the root mean square
         if not math.isclose(power, wanted):
             continue
         start = _entry(x, over, centred)
-        scale = _output_scale(statistic, shape(x))
+        scale = constant**-wanted * _output_scale(statistic, shape(x))
         extract(module, "layer_norm" if centred is over else "rms_norm", _between(node, start), node, {"input": start},
                 {"axes": _axes(statistic), "scale": scale})  # fmt: skip
         return True
     return False
 
 
-def _statistic(node: Any) -> tuple[fx.Node, float, Any] | None:
-    """Walks a factor back to a mean square, variance or norm: (that node, exponent of it, what it is taken of)."""
-    exponent = 1.0
+def _statistic(node: Any) -> tuple[fx.Node, float, float, Any] | None:
+    """Walks a factor back to a mean square, variance or norm: (that node, exponent of it, constant factor, what it is
+    taken of)."""
+    exponent, constant = 1.0, 1.0
     while isinstance(node, fx.Node) and node.op == "call_function":
-        node = strip(node)
+        node = _picked(strip(node), 0)
         if is_call(node, *MEANS):
             squared = strip(node.args[0])
             base = _squared(squared)
-            return None if base is None else (node, exponent, strip(base))
-        if is_call(node, *NORMS, *VARIANCES):
-            if is_call(node, *NORMS) and node.args[1:2] not in ((), (2,), (2.0,)):
+            return None if base is None else (node, exponent, constant, strip(base))
+        if is_call(node, *NORMS, *VARIANCES, *BOTH):
+            if is_call(node, *NORMS) and node.args[1:2] not in ((), (None,), (2,), (2.0,)):
                 return None
-            return node, exponent, strip(node.args[0])
+            return node, exponent, constant, strip(node.args[0])
         if node.target in ROOTS:
             exponent *= ROOTS[node.target]
         elif is_call(node, aten.pow.Tensor_Scalar):
@@ -94,12 +105,23 @@ def _statistic(node: Any) -> tuple[fx.Node, float, Any] | None:
             exponent *= float(power)
         elif is_call(node, *KEEPS):
             pass
-        elif is_call(node, aten.add.Tensor, aten.add.Scalar, aten.mul.Tensor, aten.mul.Scalar) and number(node.args[1]):
-            pass  # an epsilon, or a constant factor such as 1/√n
+        elif is_call(node, *SCALARS) and number(node.args[1]):
+            value: Any = node.args[1]
+            if is_call(node, *SUMS) and abs(value) > EPSILON or not is_call(node, *SUMS) and value <= 0:
+                return None
+            if not is_call(node, *SUMS):  # a constant factor, such as 1/√n
+                constant *= value ** (exponent if is_call(node, aten.mul.Tensor, aten.mul.Scalar) else -exponent)
         else:
             return None
         node = node.args[0]
     return None
+
+
+def _picked(node: Any, index: int) -> Any:
+    """Output ``index`` of an op that returns variance and mean, as that op; anything else as it is."""
+    if isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem" and node.args[1] == index:
+        return node.args[0] if is_call(node.args[0], *BOTH) else node
+    return node
 
 
 def _squared(node: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import fx
 
 from modnorm_fx.regions import extract
 
-from .canonicalize import CASTS, aten, is_call, shape
+from .canonicalize import CASTS, aten, is_call
 from .flow import Flow
 
 MOVES = CASTS | {
@@ -52,9 +52,8 @@ def _rotation(output: fx.Node, flow: Flow) -> tuple[fx.Node, list[fx.Node]] | No
     products = signs = 0
     while len(inside) < LONGEST:
         node = max(frontier)
-        if len(frontier) == 1 and products >= 2 and signs >= 1:
-            ok = shape(node) == shape(output) or _size(node) == _size(output)
-            return (node, inside) if ok else None
+        if len(frontier) == 1 and products >= 2 and signs >= 1 and _size(node) == _size(output):
+            return node, inside
         frontier.remove(node)
         sources = [s for s in node.all_input_nodes if flow.signal(s)]
         if not sources or not _linear(node, sources):

@@ -83,8 +83,9 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
 def _random(like: object, scale: float, generator: torch.Generator) -> object:
     if not isinstance(like, torch.Tensor):
         return like
-    if like.is_floating_point():
-        draw = torch.randn(like.shape, generator=generator) * (scale or 1.0)
+    if like.is_floating_point() or like.is_complex():
+        dtype = torch.complex64 if like.is_complex() else torch.float32
+        draw = torch.randn(like.shape, generator=generator, dtype=dtype) * (scale or 1.0)
         return draw.to(like.dtype).requires_grad_()
     if like.dtype == torch.bool:
         return torch.ones(like.shape, dtype=torch.bool)

@@ -30,12 +30,14 @@ LAYERS: dict[Any, tuple[str, int, int]] = {
     aten.linear.default: ("weight", 0, -1),
     aten.addmm.default: ("mat2", 1, -1),
     aten.mm.default: ("mat2", 1, -1),
+    aten.matmul.default: ("other", 1, -1),
     aten.convolution.default: ("weight", 0, 1),
     aten.conv1d.default: ("weight", 0, 1),
     aten.conv2d.default: ("weight", 0, 1),
     aten.conv3d.default: ("weight", 0, 1),
 }
-BIASES = ("bias", "self")
+#: where the bias stands, unless it is called so
+BIASES: dict[Any, str] = {aten.addmm.default: "self"}
 #: more parts than any fused projection has (q, k, v, gate, ...); beyond it a model loops over heads, and its heads
 #: stay one matrix
 MOST_PARTS = 8
@@ -62,6 +64,8 @@ def _parts(
     _, args = arguments(node, module)
     weight, _, axis = LAYERS[node.target]
     if not isinstance(args.get(weight), fx.Node) or flow.exogenous(args[weight]) or flow.signal(args[weight]):
+        return None
+    if node.target is aten.matmul.default and len(shape_of(args[weight])) != 2:
         return None
     if args.get("groups", 1) != 1 or args.get("transposed"):
         return None
@@ -125,8 +129,8 @@ def _rewrite(
         width = _size(part, shape[axis])
         with graph.inserting_before(node):
             swapped = {args[weight]: _take(graph, args[weight], out_axis, part)}
-            bias = next((args[b] for b in BIASES if isinstance(args.get(b), fx.Node)), None)
-            if bias is not None:
+            bias = args.get(BIASES.get(node.target, "bias"))
+            if isinstance(bias, fx.Node):
                 swapped[bias] = _take(graph, bias, 0, part)
             layer = _copy(graph, node, swapped)
         layer.meta["val"] = node.meta["val"].new_empty([*shape[:axis], width, *shape[axis + 1 :]])

@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 @dataclass(frozen=True, eq=False)
 class T:
-    """An activation. draw: gauss | sign (entries ±scale) | rows (last axis has RMS exactly scale) | constant | pairs."""
+    """An activation. draw: gauss | sign (entries ±scale) | rows (last axis of RMS exactly scale) | constant | pairs."""
 
     shape: tuple[int, ...]
     scale: float = 1.0

@@ -236,8 +236,8 @@ POINTWISE: dict[object, list[tuple]] = {
     **{
         getattr(aten, name).default: [()]
         for name in (
-            "gelu silu sigmoid tanh elu celu selu mish softplus leaky_relu hardswish hardsigmoid hardtanh relu6 exp exp2 expm1 sin cos erf "
-            "square log_sigmoid atan".split()
+            "gelu silu sigmoid tanh elu celu selu mish softplus leaky_relu hardswish hardsigmoid hardtanh relu6 "
+            "exp exp2 expm1 sin cos erf square log_sigmoid atan".split()
         )
     },
     aten.clamp.default: [(-0.4, 0.9), (None, 0.5)],

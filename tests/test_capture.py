@@ -75,7 +75,7 @@ def assert_is_functional_and_annotated(captured: Captured) -> None:
 
 
 def test_atoms_stay_whole() -> None:
-    gpt2 = targets(capture(tiny_models.gpt2(), kwargs={"input_ids": IDS}))
+    gpt2 = targets(capture(tiny_models.gpt2(2), kwargs={"input_ids": IDS}))
     assert {aten.addmm.default, aten.linear.default, aten.layer_norm.default, aten.embedding.default} < set(gpt2)
     assert gpt2.count(aten.scaled_dot_product_attention.default) == 2
     assert aten.dropout.default not in gpt2
@@ -112,6 +112,7 @@ def test_facts_about_the_model() -> None:
     assert captured.modules["norm"] == "torch.nn.modules.normalization.LayerNorm"
     assert captured.modules[""].endswith("tiny_models.Plain")
     assert [entry.name for entry in captured.inputs if entry.kind == "user"] == ["x"]
+    assert capture(Plain(), X).graph_module.code == captured.graph_module.code
 
 
 def test_arguments_of_any_shape() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
+import tiny_models
 import torch
 from tiny_models import MODELS, Branching, Plain, X, assert_same_outputs, only_route
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from modnorm_fx import _copies
 from modnorm_fx import capture as capture_module
 from modnorm_fx.capture import capture
 from modnorm_fx.errors import CaptureError
+from modnorm_fx.inputs import example_inputs
 
 # --- the model stays as it was ----------------------------------------------------------------------------------------
 
@@ -96,6 +98,14 @@ def test_hooks_are_part_of_the_model_and_cannot_leave_tensors_in_it() -> None:
     assert snapshot(model) == before
     assert not hasattr(model, "last") and model.seen == []
     assert_same_outputs(captured, model, (X,), {})
+
+
+def test_hooks_cannot_leave_tensors_in_the_model_while_inputs_are_tried() -> None:
+    model = tiny_models.gpt2()
+    model.register_forward_hook(lambda module, given, output: setattr(model, "last", output.logits))
+    before = snapshot(model)
+    example_inputs(model)
+    assert snapshot(model) == before
 
 
 def test_caches_of_functions_hold_no_traced_tensor_afterwards() -> None:

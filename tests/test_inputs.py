@@ -17,7 +17,7 @@ EXPECTED = {
     "vit": {"pixel_values": (2, 3, 32, 32)},
     "clip": {"input_ids": (2, 16), "pixel_values": (2, 3, 32, 32), "attention_mask": (2, 16)},
     "llava": {"input_ids": (1, 22), "pixel_values": (1, 3, 32, 32), "attention_mask": (1, 22)},
-    "whisper": {"input_features": (2, 8, 40), "attention_mask": (2, 16), "decoder_input_ids": (2, 8)},
+    "whisper": {"input_features": (2, 8, 40), "decoder_input_ids": (2, 8)},
 }
 
 

@@ -14,18 +14,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modnorm_fx.models_zoo import build
+from rich.console import Console
+
 from modnorm_fx import ModularNorm, convert, report, report_rows
 from modnorm_fx import tree as T
 from modnorm_fx.atoms import Bias, Linear
 from modnorm_fx.conventions import PAPER, TRACKED
-from modnorm_fx.models_zoo import build
-from rich.console import Console
 
 MODELS = {
-    "gpt2": ("hf:gpt2-tiny", {"layers": 12}),
-    "llama": ("hf:llama-tiny", {"layers": 3}),
-    "t5": ("hf:t5-tiny", {"layers": 4}),  # a dag: its position biases are shared by all blocks
-    "resmlp": ("zoo:resmlp", {"width": 16}),  # blocks within blocks
+    "gpt2": ("hf:gpt2-tiny", {"layers": 4}),
+    "t5": ("hf:t5-tiny", {"layers": 3}),  # a dag: its position biases are shared by all blocks
+    "resmlp": ("zoo:resmlp", {"width": 16}),
     "resnet": ("timm:resnet10t", {}),
 }
 
@@ -165,15 +165,24 @@ def test_gpt2_fits_on_a_screen(norms: dict[str, ModularNorm]) -> None:
 
 
 def test_copies_are_counted_and_named(norms: dict[str, ModularNorm]) -> None:
-    assert "×12 copies of transformer.h.{0…11} " in report.text(norms["gpt2"])
-    assert "×3 copies of model.layers.{0…2} " in report.text(norms["llama"])
-    assert "┃ └─ ×2 copies of blocks.{0…2}.linears.{0,1} " in report.text(norms["resmlp"])
+    assert "×4 copies of transformer.h.{0…3} " in report.text(norms["gpt2"])
+    assert "×3 copies of blocks.{0…2} " in report.text(norms["resmlp"])
+
+
+def test_blocks_within_blocks() -> None:
+    blocks = [
+        [T.Compose((weight(f"b.{i}.l.{j}.w", mass=i + 1), T.Bond("relu", 0.5))) for j in (1, 2)] for i in range(3)
+    ]
+    text = report.text(hand_made(T.Power(tuple(T.Power(tuple(block)) for block in blocks))))
+    assert re.search(r"^×3 copies of b\.\{0…2\} +12$", text, re.MULTILINE)
+    assert re.search(r"^┃ ×2 copies of b\.\{0…2\}\.l\.\{1,2\} +2…6$", text, re.MULTILINE)
+    assert cells(text, "b.{0…2}.l.{1,2}.w")[:2] == ["Linear 4→4", "1…3"]
 
 
 def test_numbers_of_a_block_run_from_the_first_copy_to_the_last(norms: dict[str, ModularNorm]) -> None:
     leaves = {leaf.key: leaf for leaf in norms["gpt2"].leaves}
-    first, last = (leaves[f"transformer.h.{i}.mlp.c_fc.weight"] for i in (0, 11))
-    atom, mass, sensitivity, scale, target = cells(report.text(norms["gpt2"]), "transformer.h.{0…11}.mlp.c_fc.weight")
+    first, last = (leaves[f"transformer.h.{i}.mlp.c_fc.weight"] for i in (0, 3))
+    atom, mass, sensitivity, scale, target = cells(report.text(norms["gpt2"]), "transformer.h.{0…3}.mlp.c_fc.weight")
     assert atom == first.atom.describe()
     assert [float(mass), float(scale)] == pytest.approx([first.mass, first.scale], rel=5.1e-3)
     for shown, ends in ((sensitivity, (first.sensitivity, last.sensitivity)), (target, (first.target, last.target))):
@@ -181,12 +190,12 @@ def test_numbers_of_a_block_run_from_the_first_copy_to_the_last(norms: dict[str,
 
 
 def test_sensitivities_of_ops_are_those_of_the_tree(norms: dict[str, ModularNorm]) -> None:
-    norm = norms["llama"]
+    norm = norms["gpt2"]
     power = next(node for node in norm.tree.children if isinstance(node, T.Power))
-    values = [bond.value for copy in power.parts for bond in _bonds(copy) if bond.name == "rms_norm"]
-    text = report.text(norm)
-    assert f"└─ rms_norm ×{report_rows.number(values[0])}…{report_rows.number(values[-2])}\n" in text
-    assert f"└─ rms_norm ×{report_rows.number(values[1])}…{report_rows.number(values[-1])}\n" in text
+    values = [bond.value for copy in power.parts for bond in _bonds(copy) if bond.name == "layer_norm"]
+    assert len(values) == 2 * 4
+    for first, last in ((values[0], values[-2]), (values[1], values[-1])):
+        assert f"└─ layer_norm ×{report_rows.number(first)}…{report_rows.number(last)}\n" in report.text(norm)
 
 
 def _bonds(node: T.Node) -> Iterator[T.Bond]:
@@ -199,10 +208,8 @@ def _bonds(node: T.Node) -> Iterator[T.Bond]:
 def test_the_header_says_what_is_in_the_norm(norms: dict[str, ModularNorm]) -> None:
     norm = norms["gpt2"]
     head = "\n".join(report.text(norm).splitlines()[:2])
-    model = build("hf:gpt2-tiny", device="meta", layers=12)
-    assert (
-        f"{sum(p.numel() for p in model.parameters()):,} parameters in {len(list(model.parameters()))} tensors" in head
-    )
+    sizes = [p.numel() for p in build("hf:gpt2-tiny", device="meta", layers=4).parameters()]
+    assert f"{sum(sizes):,} parameters in {len(sizes)} tensors" in head
     assert f"{len(norm.leaves)} leaves: {sum(leaf.atom.is_matrix for leaf in norm.leaves)} matrices" in head
     assert "tracked convention" in head
     assert "total mass 3 " in head
@@ -213,13 +220,21 @@ def test_tied_weights_are_marked_at_each_use(norms: dict[str, ModularNorm]) -> N
     text = report.text(norms["gpt2"])
     leaf = next(leaf for leaf in norms["gpt2"].leaves if leaf.key == "transformer.wte.weight")
     first = cells(text, "transformer.wte.weight (use 1 of 2)")
-    second = cells(text, "transformer.wte.weight (use 2 of 2)")
+    second = cells(text, "transformer.wte.weight (use 2 of 2, not counted)")  # tracked: the lookups alone
     assert first[0].startswith("Embedding") and second[0].startswith("Linear")
     assert first[-1] == second[-1] == report_rows.number(leaf.target)
     assert float(first[1]) + float(second[1]) == pytest.approx(leaf.mass, rel=1e-2)
-    gains = [float(row[2]) * float(row[3]) for row in (first, second)]
-    assert sum(gains) == pytest.approx(leaf.sensitivity * leaf.scale, rel=1e-2)
+    assert float(first[2]) * float(first[3]) == pytest.approx(leaf.sensitivity * leaf.scale, rel=1e-2)
     assert "tied: transformer.wte.weight is also lm_head.weight" in text
+
+
+def test_uses_that_count_add_up_to_the_leaf() -> None:
+    norm = hand_made(T.Compose((weight("w"), T.Bond("relu", 0.5), weight("w", gain=3.0, use=1))), PAPER)
+    rows = [cells(report.text(norm), f"w (use {use} of 2)") for use in (1, 2)]
+    gains = [float(sensitivity) * float(scale) for _, _, sensitivity, scale, _ in rows]
+    assert gains == [0.5, 3.0]
+    (leaf,) = norm.leaves
+    assert leaf.sensitivity * leaf.scale == sum(gains)
 
 
 def test_a_weight_shared_by_all_copies_is_one_name() -> None:
@@ -231,6 +246,12 @@ def test_a_weight_shared_by_all_copies_is_one_name() -> None:
 def test_residuals_show_their_identity() -> None:
     residual = T.Tuple((T.Compose(()), T.Compose((T.Bond("layer_norm", 0.7071), weight("w")))))
     assert _tree(hand_made(residual)) == ["residual ×1.22", "├─ identity", "└─ layer_norm ×0.707", "   w"]
+
+
+def test_a_gate_is_no_residual() -> None:
+    gate = T.Tuple((T.Bond("mul", 0.5), T.Compose((weight("w"), T.Bond("mul", 1.0)))), join="mul")
+    assert _tree(hand_made(gate)) == ["mul ×1.12", "├─ mul ×0.5", "└─ w", "   mul ×1"]
+    assert _tree(hand_made(T.Tuple(gate.parts)))[0] == "residual ×1.12"
 
 
 def test_nested_structure_is_flattened() -> None:
@@ -317,8 +338,8 @@ def test_alike_vertices_of_a_dag_are_folded() -> None:
 
 def test_a_dag_of_a_real_model_folds_its_blocks(norms: dict[str, ModularNorm]) -> None:
     text = report.text(norms["t5"])
-    assert "encoder.block.{1…3}.layer.0.SelfAttention.q.weight" in text
-    assert "decoder.block.{1…3}.layer.1.EncDecAttention.k.weight" in text
+    assert "encoder.block.{1,2}.layer.0.SelfAttention.q.weight" in text
+    assert "decoder.block.{1,2}.layer.1.EncDecAttention.k.weight" in text
 
 
 # Rich and HTML --------------------------------------------------------------------------------------------------------
@@ -379,7 +400,7 @@ def test_html_is_one_page_with_every_leaf(norms: dict[str, ModularNorm], name: s
 
 def test_html_shows_the_values_of_all_copies(norms: dict[str, ModularNorm]) -> None:
     targets = [leaf.target for leaf in norms["gpt2"].leaves if leaf.key.endswith("mlp.c_fc.weight")]
-    assert len(targets) == 12
+    assert len(targets) == 4
     assert ", ".join(map(report_rows.number, targets)) in Page(report.html(norms["gpt2"])).attributes["title"]
 
 

@@ -1,4 +1,4 @@
-"""Tiny models: the real classes of transformers and timm with a few thousand weights, and small nets with one oddity each."""
+"""Tiny models: classes of transformers and timm with a few thousand weights, and small nets with one oddity each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VISION = dict(
 TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
-def gpt2(layers: int = 2) -> nn.Module:
+def gpt2(layers: int = 1) -> nn.Module:
     config = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=layers, n_head=4, n_positions=64, **TOKENS)
     return transformers.GPT2LMHeadModel(config)
 

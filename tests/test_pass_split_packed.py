@@ -1,0 +1,245 @@
+"""Packed projections: which layouts are taken apart, into which slices, and that the parts compute the same."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modnorm_fx.passes.split_packed import MOST_PARTS
+from staged import Staged, stage
+from torch import Tensor, nn
+
+from modnorm_fx.atoms import Slice
+from modnorm_fx.slices import take_slice
+
+B, T, D, HEADS, SIZE = 2, 6, 16, 4, 4
+X = torch.randn(B, T, D, generator=torch.Generator().manual_seed(0))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def heads(t: Tensor, n: int = HEADS) -> Tensor:
+    return t.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
+def chunked(t):
+    return attend(*map(heads, t.chunk(3, -1)))
+
+
+def split(t):
+    return attend(*map(heads, t.split(D, -1)))
+
+
+def sliced(t):
+    return attend(heads(t[..., :D]), heads(t[..., D : 2 * D]), heads(t[..., 2 * D :]))
+
+
+def gpt_neox(t):
+    return attend(*(u.transpose(1, 2) for u in t.view(B, T, HEADS, 3 * SIZE).split(SIZE, -1)))
+
+
+def bloom(t):
+    t = t.view(B, T, HEADS, 3, SIZE)
+    return attend(*(t[..., i, :].transpose(1, 2) for i in range(3)))
+
+
+def timm(t):
+    return attend(*t.reshape(B, T, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def timm_by_index(t):
+    t = t.reshape(B, T, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4)
+    return attend(t[0], t[1], t[2])
+
+
+def nested(t):
+    a, b = t.chunk(2, -1)
+    return a.chunk(2, -1)[0] * torch.relu(a.chunk(2, -1)[1]) + b.chunk(2, -1)[0] * torch.relu(b.chunk(2, -1)[1])
+
+
+THIRDS = [(0, D, 3 * D), (D, 2 * D, 3 * D), (2 * D, 3 * D, 3 * D)]
+PER_HEAD = [(0, SIZE, 3 * SIZE), (SIZE, 2 * SIZE, 3 * SIZE), (2 * SIZE, 3 * SIZE, 3 * SIZE)]
+HALVES = [(0, D, 2 * D), (D, 2 * D, 2 * D)]
+#: name -> (what happens to the output, its size, (start, stop, period) of the parts)
+LAYOUTS = {
+    "chunk": (chunked, 3 * D, THIRDS),
+    "split": (split, 3 * D, THIRDS),
+    "slices": (sliced, 3 * D, THIRDS),
+    "GPT-NeoX, per head": (gpt_neox, 3 * D, PER_HEAD),
+    "Bloom, per head": (bloom, 3 * D, PER_HEAD),
+    "timm, unbind": (timm, 3 * D, THIRDS),
+    "timm, by index": (timm_by_index, 3 * D, THIRDS),
+    "gate and up": (lambda t: F.silu(t.chunk(2, -1)[0]) * t.chunk(2, -1)[1], 2 * D, HALVES),
+    "gate and up, interleaved": (lambda t: F.silu(t[..., ::2]) * t[..., 1::2], 2 * D, [(0, 1, 2), (1, 2, 2)]),
+    "unequal": (
+        lambda t: (lambda q, k, v: attend(heads(q), *(heads(u, 2).repeat_interleave(2, 1) for u in (k, v))))(
+            *t.split([16, 8, 8], -1)
+        ),
+        2 * D,
+        [(0, 16, 32), (16, 24, 32), (24, 32, 32)],
+    ),
+    "some features unused": (lambda t: F.silu(t[..., :8]) * t[..., 8:16], 2 * D, [(0, 8, 32), (8, 16, 32)]),
+    "nested": (nested, 4 * D, [(0, D, 4 * D), (D, 2 * D, 4 * D), (2 * D, 3 * D, 4 * D), (3 * D, 4 * D, 4 * D)]),
+}
+WHOLE = {
+    "whole and a slice": lambda t: t + F.silu(t[..., :1]),
+    "overlapping slices": lambda t: t[..., :20].sum(-1, keepdim=True) * t[..., 12:],
+    "positions, not features": lambda t: t[:, 0] + t[:, 1:].mean(1),
+    "features of some positions": lambda t: t[:, 0, :16] * t[:, 1, 16:],
+    "one slice only": lambda t: t[..., :16],
+    "many parts": lambda t: torch.cat(t.chunk(MOST_PARTS * 2, -1)[::-1], -1),
+    "a function first": lambda t: (lambda a, b: a * b)(*torch.relu(t).chunk(2, -1)),
+}
+
+
+class Layer(nn.Module):
+    """A linear layer in one of its spellings, and what is done to its output."""
+
+    def __init__(self, after, size: int, kind: str = "linear", bias: bool = True):
+        super().__init__()
+        self.after, self.kind = after, kind
+        shape = (size, D) if kind in ("linear", "matmul_t") else (D, size)
+        self.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        self.bias = nn.Parameter(torch.randn(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "linear":
+            return self.after(F.linear(x, self.weight, self.bias))
+        if self.kind == "addmm":
+            return self.after(torch.addmm(self.bias, x.view(-1, D), self.weight).view(*x.shape[:-1], -1))
+        if self.kind == "matmul":
+            return self.after(x @ self.weight)
+        if self.kind == "matmul_t":
+            return self.after(x @ self.weight.t())
+        return self.after((x.view(-1, D) @ self.weight).view(*x.shape[:-1], -1))
+
+
+def found(model: nn.Module, *inputs: Tensor) -> Staged:
+    staged = stage(model, *(inputs or (X,)))
+    staged.rewrite("packed")
+    assert staged.error() < 1e-5
+    return staged
+
+
+def parts(staged: Staged, axis: int = 0) -> list[tuple[int, int, int]]:
+    """(start, stop, period) of every slice of a weight that the graph takes, outermost first, in order of the weight."""
+    out = []
+    for node in staged.module.graph.nodes:
+        if (
+            node.target is take_slice
+            and len(node.meta["val"].shape) > 1
+            and not any(u.target is take_slice for u in node.users)
+        ):
+            chain = [node]
+            while chain[-1].args[0].target is take_slice:
+                chain.append(chain[-1].args[0])
+            assert all(n.args[1] == axis for n in chain)
+            index = torch.arange(staged.model.weight.shape[axis])
+            for n in reversed(chain):
+                index = Slice(0, *n.args[2:]).read(index)
+            out.append(index.tolist())
+    return sorted(out)
+
+
+def expected(slices: list[tuple[int, int, int]], size: int) -> list[list[int]]:
+    return [[i for i in range(size) if start <= i % period < stop] for start, stop, period in slices]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name: str):
+    after, size, slices = LAYOUTS[name]
+    assert parts(found(Layer(after, size))) == expected(slices, size)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_stays_whole(name: str):
+    staged = stage(Layer(WHOLE[name], 2 * D), X)
+    before = staged.targets()
+    assert staged.rewrite("packed") == {"packed": 0}
+    assert staged.targets() == before
+
+
+@pytest.mark.parametrize("kind, axis", [("addmm", 1), ("matmul", 1), ("mm", 1), ("matmul_t", 1), ("linear", 0)])
+@pytest.mark.parametrize("layout", ["chunk", "GPT-NeoX, per head"])
+def test_spellings_of_the_layer(kind: str, axis: int, layout: str):
+    """Slices are taken of the weight as the op sees it: of w.t() along its second axis."""
+    after, size, slices = LAYOUTS[layout]
+    model = Layer(after, size, kind)
+    staged = found(model)
+    if kind == "matmul_t":
+        model.weight = nn.Parameter(model.weight.detach().t())  # parts() counts along the axis of the op
+    assert parts(staged, axis) == expected(slices, size)
+
+
+def test_the_bias_is_cut_with_the_weight():
+    staged = found(Layer(chunked, 3 * D))
+    sizes = [tuple(n.meta["val"].shape) for n in staged.module.graph.nodes if n.target is take_slice]
+    assert sorted(sizes) == [(D,)] * 3 + [(D, D)] * 3
+    assert parts(found(Layer(chunked, 3 * D, bias=False))) == expected(THIRDS, 3 * D)
+
+
+def test_a_convolution():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            a, b = self.conv(x).chunk(2, 1)
+            return a * torch.sigmoid(b)
+
+    staged = found(Gated(), torch.randn(2, 3, 8, 8))
+    assert staged.targets().count(torch.ops.aten.conv2d.default) == 2
+
+
+def test_groups_stay_whole():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3, groups=2)
+
+        def forward(self, x):
+            a, b = self.conv(x).chunk(2, 1)
+            return a * torch.sigmoid(b)
+
+    staged = stage(Grouped(), torch.randn(2, 4, 8, 8))
+    assert staged.rewrite("packed") == {"packed": 0}
+
+
+def test_several_users_of_a_part():
+    def after(t):
+        a, b = t.chunk(2, -1)
+        return a * torch.relu(a) + b + torch.relu(b)
+
+    assert parts(found(Layer(after, 2 * D))) == expected(HALVES, 2 * D)
+
+
+def test_two_layers():
+    model = nn.Sequential(Layer(LAYOUTS["gate and up"][0], 2 * D), Layer(chunked, 3 * D))
+    staged = stage(model, X)
+    assert staged.rewrite("packed") == {"packed": 2}
+    assert staged.error() < 1e-5
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multihead_attention(cross: bool, batch_first: bool):
+    """torch.nn's own: q, k, v in one product; in cross attention k and v are cut out of a cut."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(D, HEADS, batch_first=batch_first)
+
+        def forward(self, x, y):
+            return self.inner(x, y, y, need_weights=False)[0] if cross else self.inner(x, x, x)[0] + 0 * y
+
+    staged = stage(Attention(), X, X.flip(0))
+    assert staged.rewrite("norms", "rotary", "attention", "pointwise", "packed")["packed"] == 1
+    assert staged.error() < 1e-5
+    assert sum(n.target is torch.ops.aten.linear.default for n in staged.module.graph.nodes) == 4
+
+
+def test_it_can_run_twice():
+    staged = found(Layer(chunked, 3 * D))
+    assert staged.rewrite("packed") == {"packed": 0}
