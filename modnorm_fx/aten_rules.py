@@ -114,18 +114,20 @@ def _attention_share(call: Call) -> float:
 )  # fmt: skip
 def attention(call: Call) -> Local:
     d = call.shape("query")[-1]
-    scale = (
-        call["region"].facts["scale"]
-        if call["region"]
-        else call["scale"]
-        if call["scale"] is not None
-        else 1 / math.sqrt(d)
-    )
-    logit = scale * (math.sqrt(d) if call.convention.tracks_scales else d)
+    scale = call["region"].facts["scale"] if call["region"] else call["scale"]
+    factor = (1 / math.sqrt(d) if scale is None else scale) * (math.sqrt(d) if call.convention.tracks_scales else d)
     q, k, v, share = call.scale("query"), call.scale("key"), call.scale("value"), _attention_share(call)
-    return Local(
-        v, {"query": share * logit * k * v, "key": share * logit * q * v, "value": share, "attn_mask": share * v}
-    )
+    row = share * v * _softmax_slope(call, factor * q * k)
+    return Local(v, {"query": row * factor * k, "key": row * factor * q, "value": share, "attn_mask": row})
+
+
+def _softmax_slope(call: Call, logits: float) -> float:
+    """Slope of a softmax row, in units of its effect on an average of unit values, at logits of the given scale.
+
+    1 up to unit logits. Beyond, the row has saturated and follows relative changes of its logits: 1/scale. Models that
+    do not divide their logits by √d (T5) keep them near 1 by small q and k; at norm 1 they would gain √d a layer.
+    """
+    return 1 / max(1.0, logits) if call.convention.tracks_scales else 1.0
 
 
 # --- sums, products, averages ---------------------------------------------------------------------------------------
@@ -332,7 +334,7 @@ def _pointwise(call: Call, function: Callable[[torch.Tensor], torch.Tensor], nam
     return Local(scale, {name: slope})
 
 
-def _call_op(call: Call, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _call_op(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
     """The node's op as a function of one tensor, its other arguments as they are."""
     op: Any = call.node.target
 
@@ -358,7 +360,7 @@ def relu(call: Call) -> Local:
 def gelu(call: Call) -> Local:
     if not call.convention.tracks_scales:
         return Local(1.0, {"self": 1 / math.sqrt(2)})
-    return _pointwise(call, _call_op(call, "self"), "self")
+    return _pointwise(call, _call_op(call), "self")
 
 
 @ATEN.rule(
@@ -370,7 +372,7 @@ def gelu(call: Call) -> Local:
     status="typical", source=TYPICAL_MAP, pointwise=True,
 )  # fmt: skip
 def smooth(call: Call) -> Local:
-    return _pointwise(call, _call_op(call, "self"), "self")
+    return _pointwise(call, _call_op(call), "self")
 
 
 @ATEN.rule(aten.pow.Tensor_Scalar, status="typical", source=TYPICAL_MAP, pointwise=True)
@@ -378,7 +380,7 @@ def power(call: Call) -> Local:
     exponent = float(call["exponent"])
     if exponent < 0 or exponent != int(exponent):  # of something positive
         return positive(call)
-    return _pointwise(call, _call_op(call, "self"), "self")
+    return _pointwise(call, _call_op(call), "self")
 
 
 @ATEN.rule("pointwise", status="typical", source=TYPICAL_MAP + ", the region executed on the nodes")
@@ -391,15 +393,15 @@ def region(call: Call) -> Local:
            source="functions of a positive quantity of the tracked size: value and slope there")  # fmt: skip
 def positive(call: Call) -> Local:
     x = torch.tensor(call.scale("self"), dtype=torch.float64, requires_grad=True)
-    y = _call_op(call, "self")(x)
+    y = _call_op(call)(x)
     (slope,) = torch.autograd.grad(y, x)
     return Local(abs(float(y)), {"self": abs(float(slope))})
 
 
 @ATEN.rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, status="declared",
-           source="in units of its effect on an average of unit values: scale 1, slope 1 (see attention)")  # fmt: skip
+           source="in units of its effect on an average of unit values (see _softmax_slope)")  # fmt: skip
 def softmax(call: Call) -> Local:
-    return Local(1.0, {"self": 1.0})
+    return Local(1.0, {"self": _softmax_slope(call, call.scale("self"))})
 
 
 @ATEN.rule(aten.glu.default, status="typical", source="a·σ(b) on halves of the features, product rule")

@@ -30,7 +30,10 @@ def canonical(module: fx.GraphModule, found: Mapping[str, int]) -> str:
     for node in module.graph.nodes:
         if node.op == "placeholder":
             continue
-        target = module.get_submodule(str(node.target)).kind if node.op == "call_module" else node.target
+        if node.op == "call_module":
+            target = module.get_submodule(str(node.target)).kind
+        else:
+            target = getattr(node.target, "__name__", node.target)
         lines.append(f"{node.name} = {target}({', '.join(map(str, node.args))})")
     return "\n".join(lines)
 

@@ -354,6 +354,12 @@ class ModularNorm:
 
         return text(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from .report import html_fragment
+
+        return html_fragment(self)
+
     def to_html(self, path: str | Path) -> None:
         """Writes the tree as one self-contained HTML page."""
         from .report import html

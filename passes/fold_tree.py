@@ -9,6 +9,7 @@ Assumes scales and masses. Promises a tree whose recursion gives what the revers
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -213,7 +214,7 @@ def fold_repeats(node: Node) -> Node:
         return node
     parts = [fold_repeats(child) for child in node.parts]
     kinds: dict[tuple, int] = {}
-    ids = [kinds.setdefault(signature(part), len(kinds)) for part in parts]
+    ids = [kinds.setdefault(_kind(part), len(kinds)) for part in parts]
     out: list[Node] = []
     i = 0
     while i < len(parts):
@@ -227,6 +228,11 @@ def fold_repeats(node: Node) -> Node:
             out.append(parts[i])
             i += 1
     return compose(*out)
+
+
+def _kind(part: Node) -> tuple:
+    """What blocks of a stack share: their structure, and their weights' names but for the numbers in them."""
+    return signature(part), tuple(re.sub(r"\d+", "#", leaf.key) for leaf in leaves(part))
 
 
 def _block(parts: Sequence[Node]) -> Node:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from modnorm_fx.passes.bind_weights import bind_weights
+from modnorm_fx.passes.feature_axes import feature_axes
 from modnorm_fx.passes.flow import Flow, classify_flow
 from modnorm_fx.passes.fuse_pointwise import fuse_pointwise
 from modnorm_fx.passes.recognize_attention import recognize_attention
 from modnorm_fx.passes.recognize_norms import recognize_norms
 from modnorm_fx.passes.recognize_rotary import recognize_rotary
 from modnorm_fx.passes.split_packed import split_packed
+from modnorm_fx.passes.type_atoms import Weight, type_atoms
 from torch import Tensor, fx, nn
 
 from modnorm_fx import ATEN
@@ -37,6 +40,25 @@ class Fn(nn.Module):
     def forward(self, *args: Tensor) -> Any:
         out = self.function(*args)
         return tuple(o + self.anchor for o in out) if isinstance(out, tuple | list) else out + self.anchor
+
+
+class With(nn.Module):
+    """A function of signals that also reads parameters (given as shapes) and modules of its own.
+
+    ``With(f, w=(4, 3), layer=nn.Linear(3, 3))`` calls ``f(self, x)``.
+    """
+
+    def __init__(self, function: Callable[..., Any], **own: Any):
+        super().__init__()
+        self.function = function
+        g = torch.Generator().manual_seed(0)
+        for name, value in own.items():
+            if isinstance(value, tuple):
+                value = nn.Parameter(torch.randn(value, generator=g))
+            setattr(self, name, value)
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(self, *args)
 
 
 @dataclass
@@ -78,6 +100,14 @@ class Staged:
 
     def targets(self) -> list[Any]:
         return [n.target for n in self.module.graph.nodes if n.op == "call_function"]
+
+    def typed(self, unknown: str = "error") -> dict[str, Weight]:
+        """The weights after the passes that have run so far, by key."""
+        flow = self.flow()
+        uses = bind_weights(self.module, self.captured.inputs, flow, rules=self.rules)
+        axes = feature_axes(self.module, flow, rules=self.rules)
+        weights = type_atoms(self.module, uses, flow, axes, self.captured.shapes, rules=self.rules, unknown=unknown)
+        return {w.key: w for w in weights}
 
     def error(self) -> float:
         """Largest difference between the graph's outputs and the model's, relative to the size of the output."""

@@ -1,4 +1,4 @@
-"""The paper's own package as the judge: under `paper`, every weight gets the target that modula's recursion hands it."""
+"""The paper's own package as the judge: under `paper`, every weight gets the target that modula hands it."""
 
 from __future__ import annotations
 

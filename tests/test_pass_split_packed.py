@@ -121,15 +121,12 @@ def found(model: nn.Module, *inputs: Tensor) -> Staged:
     return staged
 
 
-def parts(staged: Staged, axis: int = 0) -> list[tuple[int, int, int]]:
-    """(start, stop, period) of every slice of a weight that the graph takes, outermost first, in order of the weight."""
+def parts(staged: Staged, axis: int = 0) -> list[list[int]]:
+    """The indices along ``axis`` of every part of a matrix that the graph takes."""
     out = []
     for node in staged.module.graph.nodes:
-        if (
-            node.target is take_slice
-            and len(node.meta["val"].shape) > 1
-            and not any(u.target is take_slice for u in node.users)
-        ):
+        last = node.target is take_slice and not any(user.target is take_slice for user in node.users)
+        if last and len(node.meta["val"].shape) > 1:
             chain = [node]
             while chain[-1].args[0].target is take_slice:
                 chain.append(chain[-1].args[0])
