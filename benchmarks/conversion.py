@@ -7,6 +7,7 @@ seconds, seconds per layer and peak resident memory. Writes JSON.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import subprocess
@@ -43,9 +44,12 @@ def main() -> None:
         each = row["seconds"] / layers
         print(f"{layers:4} layers {row['seconds']:7.1f} s {each:6.3f} s/layer {row['peak_mb']:7.0f} MB", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(
-        json.dumps({"machine": platform.processor() or platform.machine(), "rows": rows}, indent=1) + "\n"
-    )
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+    args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

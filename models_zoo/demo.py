@@ -29,7 +29,7 @@ from modnorm_fx.pipeline import convert
 from . import build
 from .data import text
 from .demo_report import write
-from .demo_runs import METHODS, Plan, Result, Size, Trial, run_all
+from .demo_runs import Plan, Result, Size, Trial, run_all
 
 __all__ = ["main"]
 
@@ -39,6 +39,7 @@ QUICK_TREES = ("hf:gpt2-tiny",)
 QUICK = Plan(
     sizes=(Size(1, 32), Size(2, 64)),
     lrs={"modnorm": (0.125, 0.25), "plain": (2e-3, 4e-3)},
+    seeds=(0,),
     steps=30,
     batch=8,
     context=32,
@@ -168,9 +169,9 @@ class _Display:
     """
 
     def __init__(self, plan: Plan, console: Console, clock: Callable[[], float] = time.monotonic):
-        self.total, self.clock = plan.work(), clock
+        sizes = plan.all_sizes()
+        self.total, self.runs, self.clock = plan.steps * sum(size.work for size in sizes), len(sizes), clock
         self.start: float | None = None  # of the first step: processes take seconds to start
-        self.runs = sum(map(len, plan.lrs.values())) + (len(plan.sizes) - 1) * len(METHODS)
         self.ended = 0
         self.done: dict[Trial, int] = {}
         self.bars: dict[Trial, TaskID] = {}
@@ -208,7 +209,7 @@ class _Display:
         outcome = loss if curve.diverged is None else f"diverged at step {curve.diverged}"
         left = "" if self.progress.console.is_terminal or not self._left() else f" · {self._left()}"
         self.progress.console.print(
-            f"{self.ended:>2}/{self.runs}  {str(trial):46}  {outcome}, {curve.seconds:.1f} s{left}", soft_wrap=True
+            f"{self.ended:>2}/{self.runs}  {str(trial):54}  {outcome}, {curve.seconds:.1f} s{left}", soft_wrap=True
         )
         self._update_all()
 

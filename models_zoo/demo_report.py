@@ -16,17 +16,22 @@ from rich.table import Table
 
 from modnorm_fx import __version__
 
-from .demo_runs import BETAS, METHODS, SEED, Plan, Result
+from .demo_runs import BETAS, METHODS, Found, Plan, Result, mean_loss
 
 __all__ = ["write"]
 
-Found = dict[str, tuple[list[Result], list[Result]]]
 COLOURS = ("#1b6ca8", "#d1495b", "#3a9d5d", "#8d5fb5", "#c98a1b")
 SMOOTH = 10  # steps in the running mean that is drawn
 
 
 def write(
-    out: Path, plan: Plan, source: str, trees: Sequence[dict[str, Any]], found: Found, seconds: float, console: Console
+    out: Path,
+    plan: Plan,
+    source: str,
+    trees: Sequence[dict[str, Any]],
+    found: dict[str, Found],
+    seconds: float,
+    console: Console,
 ) -> list[Path]:
     """Prints the tables, writes the files, and returns their paths."""
     tables = (_table(plan, found), _grid(plan, found))
@@ -56,43 +61,44 @@ def write(
 Rows = tuple[str, list[str], list[list[str]]]
 
 
-def _caption(plan: Plan, source: str, found: Found) -> str:
+def _caption(plan: Plan, source: str, found: dict[str, Found]) -> str:
     tuned = []
-    for method, (grid, runs) in found.items():
-        lrs = [result.trial.lr for result in grid]
-        chosen = runs[0].trial.lr
-        edge = " (the edge of the grid)" if chosen in (min(lrs), max(lrs)) else ""
-        tuned.append(f"{METHODS[method]} {chosen:g} of {', '.join(f'{lr:g}' for lr in lrs)}{edge}")
+    for method, one in found.items():
+        edge = " (the edge of the grid)" if one.lr in (min(one.grid), max(one.grid)) else ""
+        tuned.append(f"{METHODS[method]} {one.lr:g} of {', '.join(f'{lr:g}' for lr in one.grid)}{edge}")
+    mean = f", mean of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""
     return (
         f"GPT-2 as transformers builds it, embedding and head tied, dropout off; {plan.steps} steps of {plan.batch} × "
-        f"{plan.context} characters of {source}, the same batches for all. Each learning rate was tuned in this very "
-        f"run, on {plan.sizes[0]} (layers × width) only, by the final training loss: {'; '.join(tuned)}. It falls "
-        "linearly to 0; no warm-up, no weight decay. In the modular norm weights start from norm.initialize_, in plain "
-        "AdamW as transformers initialises them. Short runs and one seed: small differences mean nothing."
+        f"{plan.context} characters of {source}, the same batches for all runs of a seed. Each learning rate was tuned in this very "
+        f"run, on {plan.sizes[0]} (layers × width) only, by the final training loss{mean}: {'; '.join(tuned)}. It "
+        "falls linearly to 0; no warm-up, no weight decay. In the modular norm weights start from norm.initialize_, in "
+        f"plain AdamW as transformers initialises them. Short runs, and curves of one seed ({plan.seeds[0]}): small "
+        "differences mean nothing. Final training losses are means over the last tenth of the steps."
     )
 
 
-def _table(plan: Plan, found: Found) -> Rows:
+def _table(plan: Plan, found: dict[str, Found]) -> Rows:
     header = ["layers\n× width", "parameters"]
-    for method, (_, runs) in found.items():
-        header += [f"{method}\nlr {runs[0].trial.lr:g}\ntrain loss", "val\nloss", "ms per\nstep"]
+    for method, one in found.items():
+        header += [f"{method}\nlr {one.lr:g}\ntrain loss", "val\nloss", "CPU ms\na step"]
     rows = []
     for i, size in enumerate(plan.sizes):
-        results = [runs[i] for _, runs in found.values()]
+        results = [one.runs[i] for one in found.values()]
         row = [str(size), f"{results[0].parameters:,}"]
         for result in results:
-            row += [*_losses(result), f"{_step_seconds(result) * 1000:.0f}"]
+            row += [*_losses(result), f"{result.curve.cpu_seconds / len(result.curve.losses) * 1000:.0f}"]
         rows.append(row)
     return "One learning rate for all sizes", header, rows
 
 
-def _grid(plan: Plan, found: Found) -> Rows:
-    rows = [
-        [method, f"{result.trial.lr:g}", *_losses(result), "chosen" if result is runs[0] else ""]
-        for method, (grid, runs) in found.items()
-        for result in grid
-    ]
-    return f"How it was tuned: {plan.sizes[0]}", ["", "lr", "train loss", "val loss", ""], rows
+def _grid(plan: Plan, found: dict[str, Found]) -> Rows:
+    rows = []
+    for method, one in found.items():
+        for lr, results in one.grid.items():
+            each = ", ".join(_losses(result)[0] for result in results)
+            rows.append([method, f"{lr:g}", f"{mean_loss(results):.3f}", each, "chosen" if lr == one.lr else ""])
+    each = f"of seed{'s' * (len(plan.seeds) > 1)} {', '.join(map(str, plan.seeds))}"
+    return f"How the learning rates were tuned: {plan.sizes[0]}", ["", "lr", "train loss", each, ""], rows
 
 
 def _losses(result: Result) -> list[str]:
@@ -101,17 +107,13 @@ def _losses(result: Result) -> list[str]:
     return [f"{result.curve.final:.3f}", f"{result.val_loss:.3f}"]
 
 
-def _step_seconds(result: Result) -> float:
-    return result.curve.seconds / len(result.curve.losses)
-
-
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [[name.replace("\n", " ") for name in header], ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _json(
-    plan: Plan, source: str, trees: Sequence[dict[str, Any]], found: Found, seconds: float, caption: str
+    plan: Plan, source: str, trees: Sequence[dict[str, Any]], found: dict[str, Found], seconds: float, caption: str
 ) -> dict[str, Any]:
     return {
         "caption": caption,
@@ -120,7 +122,8 @@ def _json(
             "batch": plan.batch,
             "context": plan.context,
             "text": source,
-            "seed": SEED,
+            "grid_seeds": plan.seeds,
+            "seed": plan.seeds[0],
             "betas": BETAS,
             "threads_per_run": 1,
             "runs_at_a_time": plan.workers,
@@ -128,8 +131,8 @@ def _json(
         "versions": {"modnorm_fx": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "seconds": round(seconds, 1),
         "trees": [{k: round(v, 2) if isinstance(v, float) else v for k, v in tree.items()} for tree in trees],
-        "grid": [_run_json(result) for grid, _ in found.values() for result in grid],
-        "runs": [_run_json(result) for _, runs in found.values() for result in runs],
+        "grid": [_run_json(result) for one in found.values() for results in one.grid.values() for result in results],
+        "runs": [_run_json(result) for one in found.values() for result in one.runs],
     }
 
 
@@ -142,10 +145,12 @@ def _run_json(result: Result) -> dict[str, Any]:
         "width": trial.size.width,
         "parameters": result.parameters,
         "lr": trial.lr,
+        "seed": trial.seed,
         "train_loss": round(curve.final, 5) if finite else None,
         "val_loss": round(result.val_loss, 5) if finite else None,
         "diverged_at_step": curve.diverged,
-        "seconds_per_step": round(_step_seconds(result), 5),
+        "seconds": round(curve.seconds, 2),
+        "cpu_seconds": round(curve.cpu_seconds, 2),
         "losses": [round(loss, 5) for loss in curve.losses[: None if finite else -1]],
     }
 
@@ -153,25 +158,25 @@ def _run_json(result: Result) -> dict[str, Any]:
 # Picture --------------------------------------------------------------------------------------------------------------
 
 
-def _draw(path: Path, found: Found, caption: str) -> None:
+def _draw(path: Path, found: dict[str, Found], caption: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), dpi=130)
     panels = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
-    for panel, (method, (_, runs)) in zip(panels, found.items(), strict=True):
-        for colour, result in zip(COLOURS, runs, strict=False):
+    for panel, (method, one) in zip(panels, found.items(), strict=True):
+        for colour, result in zip(COLOURS, one.runs, strict=False):
             losses = result.curve.losses
             steps = range(1, len(losses) + 1)
             end = ", ".join(_losses(result)[:1])
             panel.plot(steps, losses, color=colour, alpha=0.2, linewidth=0.8)
             panel.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=f"{result.trial.size}: {end}")
-        panel.set_title(f"{METHODS[method]}, lr {runs[0].trial.lr:g}")
+        panel.set_title(f"{METHODS[method]}, lr {one.lr:g}")
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
         panel.legend(title="layers × width: final training loss", frameon=False)
     panels[0].set_ylabel("training loss (nats per character)")
-    figure.text(0.01, 0.01, textwrap.fill(caption, 165), fontsize=7.5, va="bottom")
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.text(0.01, 0.01, textwrap.fill(caption, 190), fontsize=7.5, va="bottom")
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path)
 
 

@@ -1,12 +1,13 @@
 """The training runs of the demo: GPT-2s of several sizes, each by AdamW in the modular norm and by AdamW alone.
 
-Each optimizer's learning rate is tuned on the smallest model only (`Plan.lrs`) and kept for the others. A run has a
-process and one thread to itself, so its losses do not depend on how many run at the same time.
+Each learning rate is tuned on the smallest model only, over a few seeds (with one seed the choice is chance), and kept
+for the others. A run has one thread, so its losses do not depend on how many run at the same time.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import signal
 import time
@@ -30,11 +31,10 @@ from modnorm_fx.pipeline import convert
 from .data import text
 from .train import Curve, evaluate, train
 
-__all__ = ["METHODS", "Plan", "Result", "Size", "Trial", "best", "run_all"]
+__all__ = ["METHODS", "Found", "Plan", "Result", "Size", "Trial", "mean_loss", "run_all"]
 
 #: method -> what it is called
 METHODS = {"modnorm": "AdamW in the modular norm", "plain": "plain AdamW"}
-SEED = 0
 BETAS = (0.9, 0.95)
 HEAD_SIZE = 32
 VALIDATION_BATCHES = 8
@@ -56,27 +56,37 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo trains. `sizes`: the smallest first; `lrs`: the grid of each method, for that size."""
+    """What the demo trains.
+
+    `sizes`: the smallest first; `lrs`: the grid of each method, for that size; `seeds`: for the grid, and the first of
+    them for everything else.
+    """
 
     sizes: tuple[Size, ...] = (Size(2, 64), Size(8, 64), Size(2, 192))
     lrs: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {"modnorm": (0.0625, 0.125, 0.25), "plain": (1e-3, 2e-3, 4e-3)}
     )
+    seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 120
     batch: int = 16
     context: int = 64
     data: Path | None = None
     workers: int = 2
 
-    def trials(self, method: str, sizes: tuple[Size, ...], lrs: tuple[float, ...]) -> list[Trial]:
-        shape = (self.steps, self.batch, self.context, self.data)
-        return [Trial(method, size, lr, *shape) for size in sizes for lr in lrs]
+    def grid(self, method: str) -> list[Trial]:
+        return [self._trial(method, self.sizes[0], lr, seed) for lr in self.lrs[method] for seed in self.seeds]
 
-    def work(self) -> float:
-        """Of all runs."""
-        return self.steps * sum(
-            len(self.lrs[method]) * self.sizes[0].work + sum(size.work for size in self.sizes[1:]) for method in METHODS
-        )
+    def others(self, method: str, lr: float) -> list[Trial]:
+        """The sizes above the smallest."""
+        return [self._trial(method, size, lr, self.seeds[0]) for size in self.sizes[1:]]
+
+    def _trial(self, method: str, size: Size, lr: float, seed: int) -> Trial:
+        return Trial(method, size, lr, seed, self.steps, self.batch, self.context, self.data)
+
+    def all_sizes(self) -> list[Size]:
+        """Of all runs; which learning rates some of them have, only the first ones tell."""
+        grids = sum(len(self.grid(method)) for method in METHODS)
+        return [self.sizes[0]] * grids + [*self.sizes[1:]] * len(METHODS)
 
 
 @dataclass(frozen=True)
@@ -84,13 +94,14 @@ class Trial:
     method: str
     size: Size
     lr: float
+    seed: int
     steps: int
     batch: int
     context: int
     data: Path | None
 
     def __str__(self) -> str:
-        return f"{METHODS[self.method]}, lr {self.lr:g}, {self.size}"
+        return f"{METHODS[self.method]}, lr {self.lr:g}, {self.size}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -124,23 +135,23 @@ def gpt2(size: Size, vocab: int, context: int) -> nn.Module:
 
 def run(trial: Trial, watch: Callable[[int, float], object] | None = None) -> Result:
     corpus = text(trial.data)
-    torch.manual_seed(SEED)
+    torch.manual_seed(trial.seed)
     model = gpt2(trial.size, corpus.vocab, trial.context)
     optimizer: Optimizer = AdamW(model.parameters(), lr=trial.lr, betas=BETAS, weight_decay=0.0)
     if trial.method == "modnorm":
         norm = convert(model)
-        norm.initialize_(model, torch.Generator().manual_seed(SEED))
+        norm.initialize_(model, torch.Generator().manual_seed(trial.seed))
         optimizer = ModularOptimizer(optimizer, norm, lr=trial.lr)
-    batches = corpus.batches("train", trial.batch, trial.context, seed=SEED)
+    batches = corpus.batches("train", trial.batch, trial.context, seed=trial.seed)
     curve = train(model, optimizer, batches, trial.steps, watch=watch)
-    held_out = corpus.batches("val", trial.batch, trial.context, seed=SEED)
+    held_out = corpus.batches("val", trial.batch, trial.context, seed=trial.seed)
     val_loss = evaluate(model, list(islice(held_out, VALIDATION_BATCHES)))
     return Result(trial, sum(p.numel() for p in model.parameters()), curve, val_loss)
 
 
-def best(results: list[Result]) -> Result:
-    """The lowest final training loss; the lower learning rate of equals."""
-    return min(results, key=lambda result: (result.curve.final, result.trial.lr))
+def mean_loss(results: list[Result]) -> float:
+    """The mean final training loss; infinite if one of them diverged."""
+    return sum(result.curve.final for result in results) / len(results)
 
 
 # Several at a time ----------------------------------------------------------------------------------------------------
@@ -148,10 +159,19 @@ def best(results: list[Result]) -> Result:
 _channel: Any = None  # in a worker: where steps are reported
 
 
+@dataclass(frozen=True)
+class Found:
+    """Of one method: the runs on the smallest model by learning rate, the one chosen, and a run of each size with it."""
+
+    grid: dict[float, list[Result]]
+    lr: float
+    runs: list[Result]
+
+
 def run_all(
     plan: Plan, on_step: Callable[[Trial, int, float], object], on_end: Callable[[Result], object]
-) -> dict[str, tuple[list[Result], list[Result]]]:
-    """Method -> the grid on the smallest model, and the runs of all sizes with the lr that was best there.
+) -> dict[str, Found]:
+    """Runs everything, `plan.workers` runs at a time; method -> what was found.
 
     Args:
         plan: what to run.
@@ -160,24 +180,24 @@ def run_all(
     """
     processes = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
     channel = processes.SimpleQueue()
-    found: dict[str, list[Result]] = {method: [] for method in METHODS}
+    results: dict[Trial, Result] = {}
     waiting: set[Future[Result]] = set()
     pool = ProcessPoolExecutor(plan.workers, processes, _start_worker, (channel,))
     try:
         for method in METHODS:
-            waiting |= {pool.submit(_work, t) for t in plan.trials(method, plan.sizes[:1], plan.lrs[method])}
+            waiting |= {pool.submit(_work, trial) for trial in plan.grid(method)}
         while waiting:
             done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             while not channel.empty():
                 on_step(*channel.get())
             for result in (future.result() for future in done):
                 on_end(result)
-                method = result.trial.method
-                found[method].append(result)
-                if len(found[method]) == len(plan.lrs[method]):
-                    chosen = _chosen(found[method])
-                    larger = sorted(plan.sizes[1:], key=lambda size: -size.work)
-                    waiting |= {pool.submit(_work, t) for t in plan.trials(method, tuple(larger), (chosen.trial.lr,))}
+                results[result.trial] = result
+                grid = plan.grid(result.trial.method)
+                if result.trial in grid and results.keys() >= set(grid):
+                    others = plan.others(result.trial.method, _best_lr(plan, result.trial.method, results))
+                    others.sort(key=lambda trial: -trial.size.work)
+                    waiting |= {pool.submit(_work, trial) for trial in others}
     except BrokenProcessPool as error:
         raise ModnormError(
             "A process that trains was ended from outside.", why="often for want of memory", do="Pass --workers 1."
@@ -188,20 +208,24 @@ def run_all(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    return {method: _in_order(plan, results) for method, results in found.items()}
+    return {method: _found(plan, method, results) for method in METHODS}
 
 
-def _chosen(grid: list[Result]) -> Result:
-    chosen = best(grid)
-    if chosen.curve.diverged is not None:
-        raise ModnormError(f"Every run by {METHODS[chosen.trial.method]} on the smallest model diverged.")
-    return chosen
+def _grid(plan: Plan, method: str, results: dict[Trial, Result]) -> dict[float, list[Result]]:
+    return {lr: [results[t] for t in plan.grid(method) if t.lr == lr] for lr in plan.lrs[method]}
 
 
-def _in_order(plan: Plan, results: list[Result]) -> tuple[list[Result], list[Result]]:
-    grid = sorted((r for r in results if r.trial.size == plan.sizes[0]), key=lambda r: r.trial.lr)
-    larger = sorted((r for r in results if r.trial.size != plan.sizes[0]), key=lambda r: plan.sizes.index(r.trial.size))
-    return grid, [best(grid), *larger]
+def _best_lr(plan: Plan, method: str, results: dict[Trial, Result]) -> float:
+    """That of the lowest mean final training loss; the lower learning rate of equals."""
+    loss, lr = min((mean_loss(tried), lr) for lr, tried in _grid(plan, method, results).items())
+    if math.isinf(loss):
+        raise ModnormError(f"{METHODS[method]} diverged on the smallest model with every learning rate of the grid.")
+    return lr
+
+
+def _found(plan: Plan, method: str, results: dict[Trial, Result]) -> Found:
+    grid, lr = _grid(plan, method, results), _best_lr(plan, method, results)
+    return Found(grid, lr, [grid[lr][0], *(results[trial] for trial in plan.others(method, lr))])
 
 
 def _start_worker(channel: Any) -> None:

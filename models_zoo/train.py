@@ -26,12 +26,14 @@ TAIL = 0.1  # of the steps: over them the final training loss is averaged
 class Curve:
     """The training loss of every step, as it was before that step; `diverged` is the step (from 1) that was not finite.
 
-    `seconds` is the time of all steps together.
+    `seconds` is the time of all steps together, `cpu_seconds` what the processor spent on them (all threads): other
+    work on the machine hardly changes it.
     """
 
     losses: tuple[float, ...]
     seconds: float
     diverged: int | None = None
+    cpu_seconds: float = 0.0
 
     @property
     def final(self) -> float:
@@ -70,7 +72,7 @@ def train(
     model.train()
     rates = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     diverged = None
     for step, (inputs, labels) in enumerate(islice(batches, steps)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -88,7 +90,7 @@ def train(
             break
         if watch is not None:
             watch(step + 1, losses[-1])
-    return Curve(tuple(losses), time.perf_counter() - start, diverged)
+    return Curve(tuple(losses), time.perf_counter() - start, diverged, time.process_time() - cpu_start)
 
 
 @torch.no_grad()

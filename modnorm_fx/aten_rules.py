@@ -395,13 +395,19 @@ def positive(call: Call) -> Local:
     x = torch.tensor(call.scale("self"), dtype=torch.float64, requires_grad=True)
     y = _call_op(call)(x)
     (slope,) = torch.autograd.grad(y, x)
-    return Local(abs(float(y)), {"self": abs(float(slope))})
+    return Local(abs(float(y.detach())), {"self": abs(float(slope))})
 
 
-@ATEN.rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, status="declared",
+@ATEN.rule(aten.softmax.int, aten._softmax.default, status="declared",
            source="in units of its effect on an average of unit values (see _softmax_slope)")  # fmt: skip
 def softmax(call: Call) -> Local:
     return Local(1.0, {"self": _softmax_slope(call, call.scale("self"))})
+
+
+@ATEN.rule(aten.log_softmax.int, status="declared",
+           source="logits less one number a row: their scale, and a change of them passes as it is")  # fmt: skip
+def log_softmax(call: Call) -> Local:
+    return Local(call.scale("self"), {"self": 1.0})
 
 
 @ATEN.rule(aten.glu.default, status="typical", source="a·σ(b) on halves of the features, product rule")

@@ -30,6 +30,9 @@ from .type_atoms import Weight
 
 #: ops whose output rows are averages, and what keeps them so
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+AVERAGE_KEEPERS = frozenset(
+    {aten.clone.default, aten.dropout.default, aten._to_copy.default, aten.masked_fill.Scalar, aten.where.self}
+)
 
 
 @dataclass(frozen=True)
@@ -87,33 +90,18 @@ def propagate_scales(
             frozenset(op[0] for op, n in wanted if flow.weight(n)),
             frozenset(averages & set(node.all_input_nodes)),
         )
-        if getattr(node.target, "__name__", "") == "getitem":
-            local, status = Local(call.scale("arg0"), {"arg0": 1.0}), "exact"
-        elif key in rules and node not in sampled_weights and (found_by_rule := _apply(rules[key], call)) is not None:
-            local, status = found_by_rule, rules[key].status
-        elif unknown == "error":
-            failures.append(_unknown(node))
-            local, status = Local(1.0, {}), "sampled"
-        else:
-            try:
-                local, status = sample(module, call, [op for op, _ in wanted]), "sampled"
-            except SamplingError as error:
-                failures.append(f"{_unknown(node)}; sampling failed: {error}")
-                local, status = Local(1.0, {}), "sampled"
-        found = {op: local.of(op) for op, _ in wanted}
-        missing = [op for op, value in found.items() if value is None]
-        if missing and status != "sampled":
-            failures.append(
-                f"{_unknown(node)}: its rule says nothing of operand {', '.join(str(op[0]) for op in missing)}"
-            )
+        names = [op for op, _ in wanted]
+        local, status, failure = _local(module, call, names, rules, unknown, estimate=node in sampled_weights)
+        found = {op: local.of(op) for op in names}
+        missing = [str(op[0]) for op, value in found.items() if value is None]
+        if failure is None and missing and status != "sampled":
+            failure = f"its rule says nothing of operand {', '.join(missing)}"
+        if failure is not None:
+            failures.append(_failure(node, failure))
         facts.local[node] = {op: value or 0.0 for op, value in found.items()}
         facts.scale[node] = local.scale if convention.tracks_scales else 1.0
         facts.status[node] = status
-        if key in SOFTMAX or (
-            key in rules
-            and (rules[key].view or key in AVERAGE_KEEPERS)
-            and any(s in averages for s in node.all_input_nodes)
-        ):
+        if key in SOFTMAX or (call.averages and (key in AVERAGE_KEEPERS or (key in rules and rules[key].view))):
             averages.add(node)
     if failures:
         raise UnknownOpError(
@@ -126,9 +114,24 @@ def propagate_scales(
     return facts
 
 
-AVERAGE_KEEPERS = frozenset(
-    {aten.clone.default, aten.dropout.default, aten._to_copy.default, aten.masked_fill.Scalar, aten.where.self}
-)
+def _local(
+    module: fx.GraphModule, call: Call, wanted: Sequence[Operand], rules: RuleTable, unknown: str, *, estimate: bool
+) -> tuple[Local, str, str | None]:
+    """What is known of one call, with its status; or, third, why nothing is (the sweep then goes on with a stand-in)."""
+    node = call.node
+    if getattr(node.target, "__name__", "") == "getitem":
+        return Local(call.scale("arg0"), {"arg0": 1.0}), "exact", None
+    key, _ = arguments(node, module)
+    if key in rules and not estimate:
+        local = _apply(rules[key], call)
+        if local is not None:
+            return local, rules[key].status, None
+    if unknown == "error":
+        return Local(1.0, {}), "sampled", ""
+    try:
+        return sample(module, call, wanted), "sampled", None
+    except SamplingError as error:
+        return Local(1.0, {}), "sampled", f"sampling failed: {error}"
 
 
 def _operand_scales(
@@ -189,6 +192,7 @@ def _tied_widths(weights: Sequence[Weight]) -> dict[str, float]:
     }
 
 
-def _unknown(node: fx.Node) -> str:
+def _failure(node: fx.Node, why: str) -> str:
+    """One line of the error: the op, where it is, and why there is no number for it."""
     place = where(node)
-    return f"{node.target}" + (f" at {place}" if place else "")
+    return f"{node.target}" + (f" at {place}" if place else "") + (f"; {why}" if why else "")

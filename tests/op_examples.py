@@ -225,9 +225,9 @@ EXAMPLES: dict[object, list[Example]] = {
     aten.reciprocal.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
     aten.log.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
     aten.log1p.default: [Example((T((6, 8), 0.7, "constant"),), check="exact")],
-    aten.softmax.int: [Example((X, -1), check="not_exceeded")],
+    aten.softmax.int: [Example((T((6, 8), scale), -1), check="not_exceeded") for scale in (0.7, 5.0)],
     aten._softmax.default: [Example((X, -1, False), check="not_exceeded")],
-    aten.log_softmax.int: [Example((X, -1), check="not_exceeded", scale=False)],
+    aten.log_softmax.int: [Example((T((4, 32), scale), -1), check="typical", scale=False) for scale in (0.7, 2.0)],
     aten.glu.default: [Example((T((6, 16), 0.7),)), Example((T((6, 16), 2.0), 1))],
     aten.prelu.default: [Example((T((16, 4)), torch.full((4,), 0.25).double()), features=CHANNELS)],
 }

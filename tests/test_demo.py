@@ -35,7 +35,9 @@ def test_the_quick_demo_leaves_a_picture_a_table_and_falling_losses(tmp_path: Pa
     found = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     plan = demo.QUICK
     grid, runs = found["grid"], found["runs"]
-    assert [(r["method"], r["lr"]) for r in grid] == [(method, lr) for method in plan.lrs for lr in plan.lrs[method]]
+    assert [(r["method"], r["lr"], r["seed"]) for r in grid] == [
+        (method, lr, seed) for method in plan.lrs for lr in plan.lrs[method] for seed in plan.seeds
+    ]
     assert [(r["method"], r["layers"], r["width"]) for r in runs] == [
         (method, size.layers, size.width) for method in plan.lrs for size in plan.sizes
     ]

@@ -1,0 +1,153 @@
+"""The forward sweep: scales of random nets by hand, declared norms of weights, ops without a rule."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from random_nets import Net, facts, programs, written_down
+from staged import REWRITES, With, stage
+from torch import nn
+
+from modnorm_fx import ATEN
+from modnorm_fx.conventions import PAPER, TRACKED
+from modnorm_fx.errors import UnknownOpError
+from modnorm_fx.rules import Local
+
+X = torch.randn(2, 6, 16)
+IDS = torch.zeros(2, 6, dtype=torch.long)
+aten = torch.ops.aten
+
+
+@settings(max_examples=10, deadline=None)
+@given(programs)
+def test_scales_of_random_nets(program):
+    found = facts(Net(program), TRACKED)
+    output = next(n for n in found.staged.module.graph.nodes if n.op == "output").all_input_nodes[0]
+    assert found.scales.scale[output] == pytest.approx(written_down(program, TRACKED).scales[-1])
+    paper = facts(Net(program), PAPER, staged=found.staged)
+    assert set(paper.scales.scale.values()) == {1.0}
+
+
+def output_scale(model: nn.Module, *inputs, unknown: str = "error", rules=ATEN) -> float:
+    staged = stage(model, *(inputs or (X,)), rules=rules)
+    staged.rewrite(*REWRITES)
+    found = facts(model, TRACKED, unknown=unknown, staged=staged)
+    output = next(n for n in staged.module.graph.nodes if n.op == "output").all_input_nodes[0]
+    return found.scales.scale[output]
+
+
+def initial(model: nn.Module, *inputs) -> dict[str, list[float]]:
+    found = facts(model, TRACKED, *(inputs or (X,)))
+    out: dict[str, list[float]] = {}
+    for (key, _), value in found.scales.initial.items():
+        out.setdefault(key, []).append(value)
+    return out
+
+
+def test_declared_norms():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.norm, self.linear = nn.Embedding(11, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+            self.position = nn.Parameter(torch.zeros(1, 6, 16))
+
+        def forward(self, i):
+            return self.linear(self.norm(2 * self.token(i) + self.position))
+
+    found = initial(Net(), IDS)
+    assert found["token.weight"] == [1.0]
+    assert found["position"] == [2.0]  # of the size of what it is added to
+    assert found["norm.weight"] == [1.0] and found["linear.weight"] == [1.0]
+    assert found["norm.bias"] == [0.0] and found["linear.bias"] == [0.0]
+
+
+def test_a_tied_embedding_has_the_rows_of_a_head_of_norm_one():
+    model = nn.Sequential(nn.Embedding(64, 16), nn.LayerNorm(16), nn.Linear(16, 64, bias=False))
+    model[2].weight = model[0].weight
+    assert initial(model, IDS)["0.weight"] == [pytest.approx(1 / 4), 1.0]
+    head = nn.init.orthogonal_(torch.empty(64, 16), gain=math.sqrt(64 / 16))  # a head of operator norm 1
+    assert float(head.square().mean(1).sqrt().mean()) == pytest.approx(1 / 4, rel=0.05)
+
+
+def test_biases_alone_are_a_source():
+    """A sum of parameters is no shift of something else: as a factor it must not silence what it multiplies."""
+    found = facts(With(lambda s, x: s.linear(x) * (s.a + s.b), linear=nn.Linear(16, 16), a=(16,), b=(16,)), TRACKED, X)
+    assert all(gain > 0 for gain in found.sensitivities.gains.values())
+
+
+def test_constants_of_the_graph_are_measured():
+    assert output_scale(With(lambda s, x: s.l(x) * torch.full((16,), 3.0), l=nn.Linear(16, 16))) == pytest.approx(3.0)
+    ramp = math.sqrt(1 + float((torch.arange(16.0) / 16).square().mean()))
+    assert output_scale(With(lambda s, x: s.l(x) + torch.arange(16) / 16, l=nn.Linear(16, 16))) == pytest.approx(ramp)
+
+
+def test_buffers_are_not_read():
+    model = With(lambda s, x: s.l(x) * s.table + s.table, l=nn.Linear(16, 16))
+    model.register_buffer("table", torch.full((16,), 7.0))
+    assert output_scale(model) == 1.0  # 1 as a factor, nothing as a shift
+
+
+def test_masks_do_not_shift():
+    model = With(lambda s, x: s.l(x) + torch.full((6, 16), -math.inf).triu(1), l=nn.Linear(16, 16))
+    assert output_scale(model) == pytest.approx(1.0)
+
+
+def test_softmax_rows_are_averages():
+    """Attention with a learned bias is not recognised as a whole; its parts say the same."""
+    model = With(lambda s, x: (x @ x.mT / 4 + s.b).softmax(-1) @ s.l(x), b=(6, 6), l=nn.Linear(16, 16))
+    assert output_scale(model) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: F.layer_norm(0 * x, (16,)), lambda x: x / torch.zeros(16), lambda x: F.normalize(0 * x),
+])  # fmt: skip
+def test_division_by_a_scale_of_zero(function):
+    """No rule can say anything: the op is sampled, or refused by name; never a ZeroDivisionError."""
+    model = With(lambda s, x: s.l(x) + function(x), l=nn.Linear(16, 16))
+    assert math.isfinite(output_scale(model, unknown="sample"))
+    with pytest.raises(UnknownOpError):
+        output_scale(model, unknown="error")
+
+
+# --- ops without a rule -----------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return torch.erfinv(torch.tanh(self.b(torch.special.i0(self.a(x)))))
+
+
+def test_refused_by_name_and_place_all_at_once():
+    with pytest.raises(UnknownOpError) as caught:
+        output_scale(Odd())
+    text = str(caught.value)
+    assert text.startswith("2 operations have no rule")
+    assert "aten.erfinv.default" in text and "aten.special_i0.default" in text
+    assert "test_pass_propagate_scales.py" in text and "unknown='sample'" in text
+
+
+def test_sampled_and_marked():
+    found = facts(Odd(), TRACKED, X, unknown="sample")
+    sampled = [n.target for n, status in found.scales.status.items() if status == "sampled"]
+    assert sampled == [aten.special_i0.default, aten.erfinv.default]
+
+
+def test_a_rule_of_ones_own():
+    rules = ATEN.extended()
+    rules.rule(aten.special_i0.default, aten.erfinv.default, status="declared", source="for the test")(
+        lambda call: Local(2 * call.scale("self"), {"self": 2.0})
+    )
+    assert output_scale(Odd(), rules=rules) == pytest.approx(2 * 0.6279 * 1, rel=0.5)
+
+
+def test_a_rule_that_forgets_an_operand_is_an_error():
+    rules = ATEN.extended()
+    rules.rule(aten.special_i0.default, aten.erfinv.default, status="declared", source="x")(lambda call: Local(1.0, {}))
+    with pytest.raises(UnknownOpError, match="its rule says nothing of operand self"):
+        output_scale(Odd(), rules=rules)

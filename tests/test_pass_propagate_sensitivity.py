@@ -1,0 +1,86 @@
+"""The reverse sweep against all paths written out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from modnorm_fx.passes.propagate_sensitivity import output_nodes
+from random_nets import CONVENTIONS, Net, expected_gains, facts, programs
+from torch import nn
+
+from modnorm_fx.conventions import PAPER, TRACKED
+
+
+@settings(max_examples=15, deadline=None)
+@given(programs)
+def test_gains_are_sums_over_paths(program):
+    for convention in CONVENTIONS:
+        found = facts(Net(program), convention)
+        gains = {key: gain for (key, use), gain in found.sensitivities.gains.items()}
+        assert gains == pytest.approx(expected_gains(program, convention))
+
+
+def test_several_outputs_add_up_each_relative_to_its_scale():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            y = self.first(x)
+            return 3 * y, {"half": 0.5 * y, "again": 3 * y, "tokens": y.argmax(-1)}
+
+    for convention, expected in ((PAPER, 3 + 0.5 + 3), (TRACKED, 3**0.5)):
+        found = facts(Two(), convention)
+        assert found.sensitivities.gains["first.weight", 0] == pytest.approx(expected)
+
+
+def test_an_output_that_is_returned_twice_counts_once():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    staged = facts(model, TRACKED).staged
+    assert len(output_nodes(staged.module.graph, staged.flow())) == 1
+
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y
+
+    found = facts(Twice(nn.Linear(8, 8, bias=False)), TRACKED)
+    assert found.sensitivities.gains["0.weight", 0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("depth", [1, 8, 48])
+def test_a_pre_norm_trunk(depth: int):
+    """s_l = √(1 + l), S_l = 1/s_l before every branch: the products telescope (theory, section 3)."""
+
+    class Trunk(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(8, 8, bias=False)
+            self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(depth))
+
+        def forward(self, x):
+            x = self.stem(x)
+            for layer in self.layers:
+                x = x + layer(nn.functional.layer_norm(x, (8,)))
+            return nn.functional.layer_norm(x, (8,))
+
+    gains = facts(Trunk(), TRACKED).sensitivities.gains
+    assert gains["stem.weight", 0] == pytest.approx(1.0)
+    for i in range(depth):
+        assert gains[f"layers.{i}.weight", 0] == pytest.approx((i + 2) ** -0.5)
+    linear = facts(Trunk(), PAPER).sensitivities.gains
+    assert linear["stem.weight", 0] == pytest.approx(2.0**depth)
+
+
+def test_a_dead_branch_has_no_sensitivity():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.dead = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.used(x), (self.dead(x) > 0)
+
+    found = facts(Dead(), TRACKED)
+    assert set(found.sensitivities.gains) == {("used.weight", 0), ("used.bias", 0)}
+    assert all(torch.isfinite(torch.tensor(g)) and g > 0 for g in found.sensitivities.gains.values())
