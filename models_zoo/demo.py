@@ -44,6 +44,7 @@ QUICK = Plan(
     batch=8,
     context=32,
 )
+SURE = 3.0  # seconds of training after which the time left is said
 MOST_WORKERS = 4  # each holds a copy of torch and transformers
 
 
@@ -87,7 +88,9 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
         )
     plan = QUICK if args.quick else Plan()
     plan = replace(plan, steps=args.steps or plan.steps, data=args.data, workers=args.workers or _cores())
-    source = text(args.data).source
+    corpus = text(args.data)
+    for split in ("train", "val"):
+        corpus.batch(split, 1, plan.context)  # says so if the text is too short
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +105,7 @@ def _demo(args: argparse.Namespace, console: Console) -> None:
     )
     with _Display(plan, console) as display:
         found = run_all(plan, display.on_step, display.on_end)
-    files = write(args.out, plan, source, trees, found, time.perf_counter() - start, console)
+    files = write(args.out, plan, corpus.source, trees, found, time.perf_counter() - start, console)
     console.print(f"\n{time.perf_counter() - start:.0f} s in all. Left behind:")
     for path in (*(args.out / tree["html"] for tree in trees), *files):
         console.print(f"  {path}", soft_wrap=True)
@@ -182,7 +185,7 @@ class _Display:
             TimeElapsedColumn(),
         )
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.all = self.progress.add_task("all runs", total=self.total, note="")
+        self.all = self.progress.add_task("all runs", total=self.total, note="starting")
 
     def __enter__(self) -> _Display:
         self.progress.start()
@@ -220,9 +223,10 @@ class _Display:
         self.progress.update(self.all, completed=self._work(), note=self._left())
 
     def _left(self) -> str:
-        if self.start is None or not (work := self._work()):
+        work = self._work()
+        if self.start is None or not work or (passed := self.clock() - self.start) < SURE:
             return ""
-        left = (self.clock() - self.start) * (self.total / work - 1)
+        left = passed * (self.total / work - 1)
         return f"about {left:.0f} s left" if left >= 1 else ""
 
 

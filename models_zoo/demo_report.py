@@ -47,11 +47,14 @@ def write(
 
     picture, numbers, page = out / "loss.png", out / "demo.json", out / "demo.md"
     _draw(picture, found, caption)
-    numbers.write_text(json.dumps(_json(plan, source, trees, found, seconds, caption), indent=1) + "\n")
+    numbers.write_text(
+        json.dumps(_json(plan, source, trees, found, seconds, caption), indent=1) + "\n", encoding="utf-8"
+    )
     page.write_text(
         f"# One learning rate for several sizes\n\n![loss curves]({picture.name})\n\n"
         + "".join(f"**{title}**\n\n{_markdown(header, rows)}\n" for title, header, rows in tables)
-        + f"{caption}\n"
+        + f"{caption}\n",
+        encoding="utf-8",
     )
     return [picture, page, numbers]
 
@@ -69,11 +72,12 @@ def _caption(plan: Plan, source: str, found: dict[str, Found]) -> str:
     mean = f", mean of {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""
     return (
         f"GPT-2 as transformers builds it, embedding and head tied, dropout off; {plan.steps} steps of {plan.batch} × "
-        f"{plan.context} characters of {source}, the same batches for all runs of a seed. Each learning rate was tuned in this very "
-        f"run, on {plan.sizes[0]} (layers × width) only, by the final training loss{mean}: {'; '.join(tuned)}. It "
-        "falls linearly to 0; no warm-up, no weight decay. In the modular norm weights start from norm.initialize_, in "
-        f"plain AdamW as transformers initialises them. Short runs, and curves of one seed ({plan.seeds[0]}): small "
-        "differences mean nothing. Final training losses are means over the last tenth of the steps."
+        f"{plan.context} characters of {source}, the same batches for all runs of a seed. Each learning rate was tuned "
+        f"in this very run, on {plan.sizes[0]} (layers × width) only, by the final training loss{mean}: "
+        f"{'; '.join(tuned)}. It falls linearly to 0; no warm-up, no weight decay. In the modular norm weights start "
+        "from norm.initialize_, in plain AdamW as transformers initialises them. Short runs, and curves of one seed "
+        f"({plan.seeds[0]}): small differences mean nothing. Final training losses are means over the last tenth of "
+        "the steps."
     )
 
 

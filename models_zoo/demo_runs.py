@@ -161,7 +161,7 @@ _channel: Any = None  # in a worker: where steps are reported
 
 @dataclass(frozen=True)
 class Found:
-    """Of one method: the runs on the smallest model by learning rate, the one chosen, and a run of each size with it."""
+    """Of one method: the runs on the smallest model by learning rate, the lr chosen, and a run of each size with it."""
 
     grid: dict[float, list[Result]]
     lr: float

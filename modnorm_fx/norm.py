@@ -75,7 +75,8 @@ def _write_(tensor: Tensor, slices: tuple[Slice, ...], part: Tensor) -> None:
     else:
         inner = slices[0].read(tensor)
         _write_(inner, slices[1:], part)
-        slices[0].write_(tensor, inner)
+        if inner.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            slices[0].write_(tensor, inner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +214,7 @@ class ModularNorm:
         if not any(hit(key) for key in self.slices):
             raise MassError(
                 f"Nothing in the norm lies at {path!r}.",
-                do=f"Use a module path or parameter name, such as {_near(path, self.slices)!r}.",
+                do=f"Use a module path or parameter name, such as {_near(path, self._paths())!r}.",
             )
         if now == 0 and mass > 0:
             raise MassError(
@@ -225,6 +226,11 @@ class ModularNorm:
         if tree.mass <= 0:
             raise MassError("All masses would be zero.", why="then no weight may move")
         return replace(self, tree=tree)
+
+    def _paths(self) -> list[str]:
+        """Everything that ``tare`` can be given: module paths, parameters, leaves."""
+        names = [weight.split(".") for weight, _ in self.slices.values()]
+        return [*{".".join(parts[:i]): None for parts in names for i in range(1, len(parts) + 1)}, *self.slices]
 
     # --- measuring and scaling updates ------------------------------------------------------------------------------
 

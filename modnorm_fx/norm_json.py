@@ -14,6 +14,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import tree as T
 from .atoms import Atom, Slice
 from .conventions import convention
@@ -82,15 +84,24 @@ def from_json(data: Any) -> ModularNorm:
             unused=tuple(data["unused"]),
         )
         complete = {node.key for node in T.leaves(norm.tree)} == set(norm.slices) and all(
-            n in norm.shapes for n, _ in norm.slices.values()
+            node.atom.shape == _part(norm, node.key) for node in T.leaves(norm.tree)
         )
     except FormatError:
         raise
-    except (ModnormError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ModnormError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError("This norm is damaged.", why=f"{type(error).__name__}: {error}") from error
     if norm.digest != data["digest"] or not complete:
         raise FormatError("This norm is damaged.", why="its digest, leaves or parameters do not fit together")
     return norm
+
+
+def _part(norm: ModularNorm, key: str) -> tuple[int, ...]:
+    """The shape of a leaf's part of its parameter."""
+    name, parts = norm.slices[key]
+    part = torch.empty(norm.shapes[name], device="meta")
+    for s in parts:
+        part = s.read(part)
+    return tuple(part.shape)
 
 
 def _node(node: T.Node) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def propagate_scales(
 def _local(
     module: fx.GraphModule, call: Call, wanted: Sequence[Operand], rules: RuleTable, unknown: str, *, estimate: bool
 ) -> tuple[Local, str, str | None]:
-    """What is known of one call, with its status; or, third, why nothing is (the sweep then goes on with a stand-in)."""
+    """What is known of one call, with its status; or, third, why nothing is (the sweep goes on with a stand-in)."""
     node = call.node
     if getattr(node.target, "__name__", "") == "getitem":
         return Local(call.scale("arg0"), {"arg0": 1.0}), "exact", None

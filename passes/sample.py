@@ -51,22 +51,20 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
                 if not results:
                     raise SamplingError("no output has a derivative")
                 inputs = [t for t in leaves.values() if t.requires_grad]
-                cotangents = [
-                    torch.randn(r.shape, generator=generator, dtype=torch.float32).to(r.dtype) for r in results
-                ]
+                cotangents = [_cotangent(r, generator) for r in results]
                 slopes = torch.autograd.grad(results, inputs, cotangents, allow_unused=True)
         except SamplingError:
             raise
         except Exception as error:  # whatever a user's op raises on random inputs is the answer to "can it be sampled"
             raise SamplingError(f"{type(error).__name__}: {error}") from error
         entries = sum(r.numel() for r in results)
-        output += sum(float(r.detach().double().abs().square().sum()) for r in results) / entries / DRAWS
+        output += sum(_square(r.detach()) for r in results) / entries / DRAWS
         by_tensor = {id(t): s for t, s in zip(inputs, slopes, strict=True)}
         for op in wanted:
             operand = call.args[op[0]] if op[1] is None else call.args[op[0]][op[1]]
             slope = by_tensor.get(id(leaves[operand]))
             if slope is not None:
-                squares[op] += float(slope.double().abs().square().sum()) / entries / DRAWS
+                squares[op] += _square(slope) / (2 if slope.is_complex() else 1) / entries / DRAWS
     sensitivity: dict[str, float | list[float]] = {}
     for (name, index), square in squares.items():
         if index is None:
@@ -78,6 +76,19 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
     if not math.isfinite(scale) or not all(math.isfinite(v) for v in squares.values()):
         raise SamplingError("its output or derivative on random inputs is not finite")
     return Local(scale or 1.0, sensitivity)
+
+
+def _square(values: torch.Tensor) -> float:
+    return float(values.abs().double().square().sum())
+
+
+def _cotangent(result: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal; real and imaginary part each, so that real inputs see E ‖Re Jᴴg‖² = ‖J‖² and complex ones twice
+    that."""
+    if not result.is_complex():
+        return torch.randn(result.shape, generator=generator).to(result.dtype)
+    draw = torch.randn(result.shape, generator=generator, dtype=torch.complex64)
+    return (math.sqrt(2) * draw).to(result.dtype)
 
 
 def _random(like: object, scale: float, generator: torch.Generator) -> object:

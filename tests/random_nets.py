@@ -89,7 +89,7 @@ class Net(nn.Module):
 
 @dataclass
 class Paths:
-    """The program as a list of edges (from value, to value, sensitivity), and the gain of every parameter at its value."""
+    """The program as edges (from value, to value, sensitivity), and the gain of every parameter at its value."""
 
     scales: list[float] = field(default_factory=lambda: [1.0])
     edges: list[tuple[int, int, float]] = field(default_factory=list)

@@ -1,7 +1,6 @@
 """The reverse sweep against all paths written out."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from modnorm_fx.passes.propagate_sensitivity import output_nodes
 from random_nets import CONVENTIONS, Net, expected_gains, facts, programs
@@ -81,6 +80,6 @@ def test_a_dead_branch_has_no_sensitivity():
         def forward(self, x):
             return self.used(x), (self.dead(x) > 0)
 
-    found = facts(Dead(), TRACKED)
-    assert set(found.sensitivities.gains) == {("used.weight", 0), ("used.bias", 0)}
-    assert all(torch.isfinite(torch.tensor(g)) and g > 0 for g in found.sensitivities.gains.values())
+    gains = facts(Dead(), TRACKED).sensitivities.gains
+    assert {key for (key, _), gain in gains.items() if gain > 0} == {"used.weight", "used.bias"}
+    assert {gain for (key, _), gain in gains.items() if key.startswith("dead")} == {0.0}

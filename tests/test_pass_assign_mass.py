@@ -1,0 +1,90 @@
+"""Totals, equal shares, and that depth changes neither."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from modnorm_fx.passes.assign_mass import TOTALS, VECTOR_SHARE, assign_mass
+from modnorm_fx.passes.find_stacks import Place
+from modnorm_fx.passes.type_atoms import Weight
+
+from modnorm_fx.atoms import Bias, Embedding, Linear
+from modnorm_fx.errors import MassError
+
+MATRIX, VECTOR, TABLE = Linear((4, 4)), Bias((4,)), Embedding((9, 4))
+
+
+def weight(key: str, *atoms) -> Weight:
+    return Weight(key, key, (), atoms[0].shape, tuple((None, ("weight", None), a) for a in atoms))
+
+
+def net(depths: list[int], per_block: int = 2) -> tuple[list[Weight], dict[str, tuple[Place, ...]]]:
+    """A stem, stacks of the given depths with matrices and one bias per block, and a head."""
+    weights = [weight("stem", MATRIX), weight("head", MATRIX), weight("head.bias", VECTOR)]
+    places = {"stem": (Place("stem"),), "head": (Place("head"),), "head.bias": (Place("head"),)}
+    for s, depth in enumerate(depths):
+        for b in range(depth):
+            for i in range(per_block + 1):
+                key = f"s{s}.{b}.{i}"
+                weights.append(weight(key, VECTOR if i == per_block else MATRIX))
+                places[key] = (Place("stacks", f"s{s}", f"s{s}.{b}"),)
+    return weights, places
+
+
+depths = st.lists(st.integers(1, 6), min_size=1, max_size=3)
+totals = st.fixed_dictionaries({}, optional={k: st.floats(0.1, 20) for k in ("stem", "stacks", "head", "vectors")})
+
+
+@given(depths, totals, st.integers(1, 4))
+def test_totals(depths, given_masses, per_block):
+    weights, places = net(depths, per_block)
+    masses = assign_mass(weights, places, given_masses)
+    wanted = TOTALS | {k: v for k, v in given_masses.items() if k != "vectors"}
+    for region, total in wanted.items():
+        keys = [k for k, (p,) in places.items() if p.region == region]
+        assert math.fsum(masses[k] for k in keys) == pytest.approx(total)
+    for s, depth in enumerate(depths):  # equal shares per stack and block, whatever the depth of the others
+        for b in range(depth):
+            block = math.fsum(m for k, m in masses.items() if k.startswith(f"s{s}.{b}."))
+            assert block == pytest.approx(wanted["stacks"] / len(depths) / depth)
+    vectors = given_masses.get("vectors", VECTOR_SHARE)
+    assert masses["head.bias"] == pytest.approx(vectors * masses["head"])
+    assert masses["s0.0.0"] == pytest.approx(masses[f"s0.0.{per_block}"] / vectors)
+
+
+def test_a_net_without_stacks_gives_every_matrix_one():
+    weights = [weight("a", MATRIX), weight("a.bias", VECTOR), weight("b", TABLE)]
+    masses = assign_mass(weights, {w.key: (Place("net"),) for w in weights})
+    assert masses == {"a": 1.0, "a.bias": VECTOR_SHARE, "b": 1.0}
+
+
+def test_a_tied_weight_has_a_share_of_each_of_its_places():
+    weights, places = net([2])
+    weights.append(weight("token", TABLE, MATRIX))
+    places["token"] = (Place("stem"), Place("head"))
+    masses = assign_mass(weights, places)
+    assert masses["token"] == pytest.approx(0.5 + 1 / (2 + VECTOR_SHARE))
+    assert math.fsum(masses.values()) == pytest.approx(3.0)
+
+
+def test_a_region_of_vectors_alone_weighs_as_much_as_its_vectors():
+    weights, places = net([2])
+    weights, places = [w for w in weights if w.key != "head"], {k: v for k, v in places.items() if k != "head"}
+    assert assign_mass(weights, places)["head.bias"] == pytest.approx(VECTOR_SHARE)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan, "5", None])
+def test_masses_that_are_none_are_refused(bad):
+    with pytest.raises(MassError, match="'stacks'"):
+        assign_mass(*net([2]), {"stacks": bad})
+
+
+def test_all_zero_is_refused():
+    with pytest.raises(MassError, match="All masses are zero"):
+        assign_mass(*net([2]), {"stem": 0, "stacks": 0, "head": 0})
+
+
+def test_some_zero_is_fine():
+    masses = assign_mass(*net([2]), {"stem": 0, "vectors": 0})
+    assert masses["stem"] == 0 and masses["head.bias"] == 0 and masses["head"] == 1
