@@ -95,9 +95,15 @@ def type_atoms(
         weights[identity] = replace(
             known, uses=known.uses + ((use.node, use.operand, atom),), sampled=known.sampled or sampled
         )
-    found = [_whole_table(w, shapes[w.parameter]) for w in weights.values()]
+    by_parameter: dict[str, list[Weight]] = {}
+    for weight in weights.values():
+        by_parameter.setdefault(weight.parameter, []).append(weight)
+    found: list[Weight] = []
+    for name, parts in by_parameter.items():
+        parts = _whole_tables(parts, shapes[name])
+        failures += _overlaps(parts)
+        found += parts
     found.sort(key=lambda w: (w.uses[0][0], not w.uses[0][2].is_matrix))
-    failures += _overlaps(found)
     if failures:
         raise WeightError(
             "No atom describes the use of "
@@ -134,38 +140,32 @@ def _feeds_softmax(node: fx.Node, depth: int = 12) -> bool:
     return False
 
 
-def _whole_table(weight: Weight, shape: tuple[int, ...]) -> Weight:
-    """A position table of which the example inputs reach only the first rows is the whole table: its rows are pieces
-    of their own."""
-    atoms = {atom for _, _, atom in weight.uses}
-    if len(weight.slices) != 1 or weight.slices[0].start != 0 or len(atoms) != 1:
-        return weight
-    (atom,), axis = atoms, weight.slices[0].axis
-    if not isinstance(atom, Table) or axis in {a % len(shape) for a in atom.feature_axes}:
-        return weight
-    whole = Table(shape, feature_axes=atom.feature_axes)
-    return Weight(
-        weight.parameter,
-        weight.parameter,
-        (),
-        shape,
-        tuple((node, operand, whole) for node, operand, _ in weight.uses),
-        weight.sampled,
-    )
+def _whole_tables(parts: list[Weight], shape: tuple[int, ...]) -> list[Weight]:
+    """The parts of one parameter; a table that is used in overlapping runs of rows, or of which the example inputs
+    reach only the first rows, is the whole table at each use: its rows are pieces of their own."""
+    short = len(parts) == 1 and len(parts[0].slices) == 1 and parts[0].slices[0].start == 0
+    atoms = {atom for w in parts for _, _, atom in w.uses}
+    features = {tuple(a % len(shape) for a in atom.feature_axes) for atom in atoms if isinstance(atom, Table)}
+    rows = all(len(w.slices) <= 1 and all(isinstance(atom, Table) for _, _, atom in w.uses) for w in parts)
+    if not (short or _overlaps(parts)) or not rows or len(features) != 1:
+        return parts
+    (axes,) = features
+    if any(w.slices and w.slices[0].axis in axes for w in parts):
+        return parts
+    whole = Table(shape, feature_axes=axes)
+    uses = tuple((node, operand, whole) for w in parts for node, operand, _ in w.uses)
+    name = parts[0].parameter
+    return [Weight(name, name, (), shape, uses, any(w.sampled for w in parts))]
 
 
-def _overlaps(weights: list[Weight]) -> list[str]:
-    """Parameters used both whole and in slices, or in overlapping slices of different axes."""
-    by_parameter: dict[str, list[Weight]] = {}
-    for weight in weights:
-        by_parameter.setdefault(weight.parameter, []).append(weight)
-    lines = []
-    for name, parts in by_parameter.items():
-        for i, a in enumerate(parts):
-            for b in parts[i + 1 :]:
-                if not _disjoint(a.slices, b.slices):
-                    lines.append(f"{name}: used as {a.key} and as {b.key}, which overlap")
-    return lines
+def _overlaps(parts: list[Weight]) -> list[str]:
+    """Uses of one parameter that overlap: whole and in slices, or in overlapping slices of different axes."""
+    return [
+        f"{a.parameter}: used as {a.key} and as {b.key}, which overlap"
+        for i, a in enumerate(parts)
+        for b in parts[i + 1 :]
+        if not _disjoint(a.slices, b.slices)
+    ]
 
 
 def _disjoint(a: tuple[Slice, ...], b: tuple[Slice, ...]) -> bool:

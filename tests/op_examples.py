@@ -133,6 +133,8 @@ EXAMPLES: dict[object, list[Example]] = {
     aten.upsample_nearest2d.vec: [moves(IMAGE, None, [2.0, 2.0])],
     aten.upsample_bilinear2d.vec: [Example((IMAGE, [8, 8], False, None), check="average")],
     aten.upsample_bicubic2d.vec: [Example((IMAGE, [6, 6], False, None), check="average")],
+    aten._upsample_bilinear2d_aa.vec: [Example((IMAGE, [8, 8], False, None), check="average")],
+    aten._upsample_bicubic2d_aa.vec: [Example((IMAGE, [6, 6], False, None), check="average")],
     aten.gather.default: [moves(X, 1, torch.tensor([[0, 5], [2, 2]]))],
     aten.index_select.default: [moves(X, 0, torch.tensor([4, 4, 1]))],
     aten.unfold.default: [moves(X, 1, 4, 2)],
