@@ -68,6 +68,15 @@ def convolution(call: Call) -> Local:
     return Local(s, {"input": 1.0, "weight": s, "bias": 1.0})
 
 
+@ATEN.rule(aten._grouped_mm.default, "transformers.grouped_mm_fallback.default", status="declared",
+           source=UNIT_WEIGHTS + "; every row meets one expert",
+           weights={"mat2": atom_of.matmul_right, "weight": atom_of.matmul_right, "bias": atom_of.table})  # fmt: skip
+def grouped_matmul(call: Call) -> Local:
+    rows, experts = ("self", "mat2") if "mat2" in call.args else ("input", "weight")
+    s = call.scale(rows)
+    return Local(s, {rows: 1.0, experts: s, "bias": 1.0})
+
+
 @ATEN.rule(aten.embedding.default, status="declared", source=UNIT_WEIGHTS, weights={"weight": atom_of.embedding})
 def embedding(call: Call) -> Local:
     s = call.scale("weight")
@@ -252,6 +261,16 @@ def rearrange(call: Call) -> Local:
     return Local(call.scale(name), {name: 1.0})
 
 
+@ATEN.rule(aten.type_as.default, aten.to.other, status="declared", source=REARRANGES)
+def cast_like(call: Call) -> Local:
+    return Local(call.scale("self"), {"self": 1.0, "other": 0.0})
+
+
+@ATEN.rule(aten.copy.default, status="declared", source=REARRANGES + "; what was there before is gone")
+def copy(call: Call) -> Local:
+    return Local(call.scale("src"), {"self": 0.0, "src": 1.0})
+
+
 @ATEN.rule(aten.index.Tensor, status="declared", source=REARRANGES, weights={"self": atom_of.looked_up})
 def index(call: Call) -> Local:
     return Local(call.scale("self"), {"self": 1.0})
@@ -374,6 +393,17 @@ def gelu(call: Call) -> Local:
 )  # fmt: skip
 def smooth(call: Call) -> Local:
     return _pointwise(call, _call_op(call), "self")
+
+
+@ATEN.rule(aten.sign.default, aten.sgn.default, status="exact", source="±1; its derivative is zero, as autograd has it")
+def sign(call: Call) -> Local:
+    return Local(1.0, {"self": 0.0})
+
+
+@ATEN.rule(aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, status="declared",
+           source="a quantiser keeps the size; its derivative is zero, as autograd has it")  # fmt: skip
+def quantise(call: Call) -> Local:
+    return Local(call.scale("self"), {"self": 0.0})
 
 
 @ATEN.rule(aten.pow.Tensor_Scalar, status="typical", source=TYPICAL_MAP, pointwise=True)

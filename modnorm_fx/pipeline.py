@@ -20,7 +20,7 @@ from .aten_rules import ATEN
 from .capture import Captured, capture
 from .conventions import Convention
 from .conventions import convention as convention_of
-from .errors import InternalError, ModnormError
+from .errors import InternalError, MassError, ModnormError
 from .norm import ModularNorm
 from .passes.assign_mass import TOTALS, assign_mass
 from .passes.bind_weights import bind_weights
@@ -79,6 +79,10 @@ def convert(
         UnknownOpError, WeightError: an op has no rule or a weight no atom (all are named at once).
         MassError: ``masses`` names nothing or is not a finite number >= 0.
     """
+    if not isinstance(model, nn.Module):
+        raise ModnormError(f"A norm is that of an nn.Module; this is {model!r}.", do="Pass the model itself.")
+    if masses is not None and not isinstance(masses, Mapping):
+        raise MassError(f"masses={masses!r} is not a mapping.", do='Pass names and numbers, as {"stacks": 2.0}.')
     chosen = convention_of(convention)
     if unknown not in ("sample", "error"):
         raise ModnormError(f"unknown={unknown!r} is not a choice.", do="Pass 'sample' or 'error'.")

@@ -144,7 +144,8 @@ class RuleTable(Mapping[Any, Rule]):
         self._rows: dict[Any, Rule] = dict(rows or {})
 
     def __getitem__(self, op: Any) -> Rule:
-        return self._rows[op]
+        """Ops of libraries that may not be there have rows by name, ``"transformers.grouped_mm_fallback.default"``."""
+        return self._rows[str(op) if isinstance(op, OpOverload) and op not in self._rows else op]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._rows)

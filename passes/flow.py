@@ -86,6 +86,7 @@ SHAPE_ONLY = frozenset(
         aten.new_ones.default,
         aten.new_full.default,
         aten.new_empty.default,
+        aten.new_empty_strided.default,
     }
 )
 

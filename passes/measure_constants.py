@@ -11,29 +11,43 @@ from typing import Any
 import torch
 from torch import fx
 
-from .flow import SHAPE_ONLY, Flow, is_float
+from .canonicalize import aten
+from .flow import ARITHMETIC, SHAPE_ONLY, Flow, is_float
 
 #: beyond this many entries a constant is not evaluated
 LARGEST = 10_000_000
+#: ops whose entries are whatever was in memory; they are written over later and count as zero
+UNSET = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_permuted.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
 #: entries below this are masks
 MASK = -1e4
 
 
 def measure_constants(module: fx.GraphModule, flow: Flow) -> dict[fx.Node, float]:
-    """RMS per exogenous float node that a signal reads and that depends on nothing but the graph."""
+    """RMS per exogenous node that a signal reads (or adds, or is multiplied by) and that depends on nothing but the
+    graph."""
     known: set[fx.Node] = set()
     wanted: list[fx.Node] = []
     for node in module.graph.nodes:
         if node.op == "call_function" and flow.exogenous(node) and all(s in known for s in _sources(node)):
             known.add(node)
-            if is_float(node) and any(flow.signal(u) for u in node.users):
+            if any(flow.signal(u) and (is_float(node) or u.target in ARITHMETIC) for u in node.users):
                 wanted.append(node)
     values: dict[fx.Node, Any] = {}
     out: dict[fx.Node, float] = {}
     for node in wanted:
         value = _evaluate(node, values)
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            kept = value.double()[value > MASK]
+        if isinstance(value, torch.Tensor) and not value.is_complex():
+            value = value.double()
+            kept = value[value > MASK]
             out[node] = float(kept.square().mean().sqrt()) if kept.numel() else 0.0
     return out
 
@@ -60,6 +74,8 @@ def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.numel() > LARGEST:
         return None
+    if node.target in UNSET and isinstance(value, torch.Tensor):
+        return torch.zeros(tuple(value.shape), dtype=value.dtype)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n] if n in values else _like(n))
     kwargs = {k: (torch.device("cpu") if isinstance(v, torch.device) else v) for k, v in kwargs.items()}
     function: Any = node.target

@@ -144,8 +144,8 @@ def _operand_scales(
     convention: Convention,
     flow: Flow,
 ) -> dict[fx.Node, float]:
-    """Scale of each float operand of ``node``; the declared norms of its weights are recorded."""
-    found = [(op, n) for op, n in found if is_float(n)]
+    """Scale of each operand of ``node``, masks of integers included; the declared norms of its weights are recorded."""
+    found = list(found)
     scales: dict[fx.Node, float] = {n: facts.scale[n] for _, n in found if n in facts.scale}
     others = [scales[n] for _, n in found if n in scales]
     for op, n in found:

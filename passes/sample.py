@@ -73,9 +73,11 @@ def sample(module: fx.GraphModule, call: Call, wanted: Sequence[Operand]) -> Loc
             whole: Any = sensitivity.setdefault(name, [0.0] * len(call.args[name]))
             whole[index] = math.sqrt(square)
     scale = math.sqrt(output)
+    if not scale or not any(squares.values()):
+        raise SamplingError("its output or derivative on random inputs is zero")
     if not math.isfinite(scale) or not all(math.isfinite(v) for v in squares.values()):
         raise SamplingError("its output or derivative on random inputs is not finite")
-    return Local(scale or 1.0, sensitivity)
+    return Local(scale, sensitivity)
 
 
 def _square(values: torch.Tensor) -> float:

@@ -142,7 +142,7 @@ def build(op: Any, example: Example, convention: Convention = TRACKED) -> tuple[
         return n
 
     args = tuple(node(a) for a in example.args)
-    call = graph.call_function(op, args, example.kwargs)
+    call = graph.call_function(example.run if isinstance(op, str) else op, args, example.kwargs)
     g = torch.Generator().manual_seed(0)
     values = {n: spec.start(g) for n, spec in specs.items()}
     call.meta["val"] = (example.run or op)(*_filled(args, values), **example.kwargs)

@@ -6,6 +6,17 @@ import torch
 from op_calls import Example, T, W
 
 aten = torch.ops.aten
+
+
+def grouped_matmul(x, w, ends):
+    """What a grouped product is: the rows up to ``ends[e]`` meet expert e."""
+    starts = [0, *ends.tolist()[:-1]]
+    return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(starts, ends.tolist(), strict=True))])
+
+
+grouped_matmul.argument_names = ("input", "weight", "offs")
+
+
 F = torch.nn.functional
 X, Y = T((6, 8), 0.7), T((6, 8), 1.3)
 IMAGE, VOLUME, SEQUENCE = T((1, 4, 4, 4), 0.7, "sign"), T((1, 2, 2, 4, 4), 0.7, "sign"), T((1, 4, 6), 0.7, "sign")
@@ -24,6 +35,10 @@ def conv(x: T, weight: W, *rest, **kwargs) -> Example:
 def moves(*args, **kwargs) -> Example:
     """Every entry of the output is an entry of the input."""
     return Example(args, kwargs, check="exact_sensitivity")
+
+
+def written_over(before, x):
+    return x.expand_as(before)
 
 
 C1, C2, C3 = W("conv", (6, 4, 3)), W("conv", (6, 4, 3, 3)), W("conv", (4, 2, 1, 3, 2))
@@ -50,6 +65,20 @@ EXAMPLES: dict[object, list[Example]] = {
     aten.conv_transpose1d.default: [conv(SEQUENCE, W("conv_t", (4, 3, 2)), W("bias", (3,)))],
     aten.conv_transpose2d.input: [conv(IMAGE, W("conv_t", (4, 3, 2, 2)), None, [2, 2])],
     aten.conv_transpose3d.input: [conv(VOLUME, W("conv_t", (2, 3, 1, 2, 2)))],
+    aten._grouped_mm.default: [
+        Example(
+            (T((6, 8), 0.7, "rows"), W("experts_t", (2, 8, 5)), torch.tensor([2, 6])),
+            check="weights",
+            run=grouped_matmul,
+        )
+    ],
+    "transformers.grouped_mm_fallback.default": [
+        Example(
+            (T((6, 8), 0.7, "rows"), W("experts_t", (2, 8, 5)), torch.tensor([2, 6])),
+            check="weights",
+            run=grouped_matmul,
+        )
+    ],
     aten.embedding.default: [Example((W("embedding", (11, 8)), torch.tensor([[3, 1], [0, 3]])), check="weights")],
     aten.matmul.default: [
         Example((T((4, 16), 0.7), T((16, 5), 1.3))),
@@ -168,6 +197,11 @@ EXAMPLES: dict[object, list[Example]] = {
     aten.swapaxes.default: [moves(X, 0, 1)],
     aten.numpy_T.default: [moves(X)],
     aten.mT.default: [moves(X)],
+    aten.type_as.default: [Example((X, torch.zeros(1)), check="exact_sensitivity")],
+    aten.to.other: [Example((X, torch.zeros(1, dtype=torch.float64)), check="exact_sensitivity")],
+    aten.copy.default: [
+        Example((torch.zeros(6, 8, dtype=torch.float64), X), check="exact_sensitivity", run=written_over)
+    ],
     aten.index.Tensor: [moves(X, [torch.tensor([0, 3, 3])])],
     # masks
     aten.masked_fill.Scalar: [Example((T((6, 8), 0.7, "sign"), MASK, 0.0))],
@@ -231,6 +265,7 @@ EXAMPLES: dict[object, list[Example]] = {
     aten._softmax.default: [Example((X, -1, False), check="not_exceeded")],
     aten.log_softmax.int: [Example((T((4, 32), scale), -1), check="typical", scale=False) for scale in (0.7, 2.0)],
     aten.glu.default: [Example((T((6, 16), 0.7),)), Example((T((6, 16), 2.0), 1))],
+    **{getattr(aten, name).default: [moves(X)] for name in "sign sgn round floor ceil trunc".split()},
     aten.prelu.default: [Example((T((16, 4)), torch.full((4,), 0.25).double()), features=CHANNELS)],
 }
 #: scalar functions, with their further arguments; checked on a grid

@@ -24,6 +24,11 @@ def measured(function, **own) -> list[float]:
     (lambda s, y: y * torch.ones_like(y) * 2, 1.0),
     (lambda s, y: y + y.new_full((16,), 0.25), 0.25),
     (lambda s, y: y + torch.zeros(16), 0.0),
+    (lambda s, y: y + torch.empty(16), 0.0),  # whatever is in memory is not the same every time
+    (lambda s, y: y + torch.empty_like(y), 0.0),
+    (lambda s, y: y + y.new_empty(16) * 3, 0.0),
+    (lambda s, y: y * torch.arange(16), math.sqrt(sum(i * i for i in range(16)) / 16)),
+    (lambda s, y: y * (torch.arange(16) < 4), 0.5),
     (lambda s, y: y * torch.linspace(-1, 1, 16).cos(), float(torch.linspace(-1, 1, 16).cos().square().mean().sqrt())),
 ])  # fmt: skip
 def test_constants(function, expected):
