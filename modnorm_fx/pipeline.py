@@ -108,7 +108,8 @@ def convert(
     found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["attention"] = run("recognize_attention", recognize_attention, module, flow)
-    found["pointwise"] = run("fuse_pointwise", fuse_pointwise, module, flow, rules=rules)
+    products_only = not chosen.tracks_scales
+    found["pointwise"] = run("fuse_pointwise", fuse_pointwise, module, flow, rules=rules, products_only=products_only)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["packed"] = run("split_packed", split_packed, module, flow, rules=rules)
     module.graph.lint()

@@ -32,8 +32,13 @@ LINEAR = (
 )
 
 
-def fuse_pointwise(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> int:
-    """Rewrites ``module`` in place and returns how many regions were fused."""
+def fuse_pointwise(module: fx.GraphModule, flow: Flow, *, rules: RuleTable, products_only: bool = False) -> int:
+    """Rewrites ``module`` in place and returns how many regions were fused.
+
+    Args:
+        products_only: leave chains and sums of functions alone. The paper's recursion composes and adds declared
+            sensitivities (its ``Abs @ GELU`` and ``½·Identity + ½·ReLU``); only products are outside of its algebra.
+    """
     roots: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         root = _root(node, roots, flow, rules)
@@ -46,7 +51,7 @@ def fuse_pointwise(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> i
             if output is None:
                 continue
             inside = _inside(output, roots)
-            if _worthwhile(inside):
+            if _worthwhile(inside, products_only):
                 extract(module, "pointwise", inside, output, {"input": roots[output]})
                 count += 1
     return count
@@ -94,8 +99,10 @@ def _inside(output: fx.Node, roots: dict[fx.Node, fx.Node]) -> set[fx.Node]:
     return inside
 
 
-def _worthwhile(inside: set[fx.Node]) -> bool:
+def _worthwhile(inside: set[fx.Node], products_only: bool) -> bool:
     """Two non-linear ops, or one with a product or sum of two functions of the signal; two multiples are not."""
     curved = sum(not is_call(node, *LINEAR) for node in inside)
-    joined = sum(is_call(node, *LINEAR) and isinstance(node.args[1], fx.Node) for node in inside if len(node.args) > 1)
-    return curved >= 2 or joined >= 1
+    joined = [n for n in inside if is_call(n, *LINEAR) and len(n.args) > 1 and isinstance(n.args[1], fx.Node)]
+    if products_only:
+        return any(is_call(node, aten.mul.Tensor, aten.div.Tensor) for node in joined)
+    return curved >= 2 or len(joined) >= 1

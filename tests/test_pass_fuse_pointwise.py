@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from modnorm_fx.passes.fuse_pointwise import fuse_pointwise
 from staged import Staged, stage
 from test_quadrature import grid_moments
 from torch import nn
 
+from modnorm_fx import ATEN
 from modnorm_fx.quadrature import gaussian_moments
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
@@ -127,3 +129,11 @@ def test_functions_of_weights_and_constants_are_not_touched():
             return x * torch.exp(-torch.exp(self.log)) * (MASK * torch.sigmoid(MASK))
 
     assert found(Decay()).kinds() == []
+
+
+def test_products_only():
+    """What the paper's convention asks for: chains and sums stay, functions of functions multiplied do not."""
+    staged = stage(lambda x: torch.tanh(torch.relu(x)) + x, X)
+    assert fuse_pointwise(staged.module, staged.flow(), rules=ATEN, products_only=True) == 0
+    staged = stage(gelu_tanh, X)
+    assert fuse_pointwise(staged.module, staged.flow(), rules=ATEN, products_only=True) == 1
