@@ -41,7 +41,7 @@ class Leaf:
         scale: RMS of what it multiplies (1 for what is added).
         target: the atom norm that a unit update gives it: ``share(mass) / (sensitivity · scale)``.
         initial: the norm it is declared to have, which ``initialize_`` gives it.
-        status: ``sampled`` where its sensitivity rests on an estimate, else ``rules``.
+        status: ``sampled`` where the op that uses it has no rule and its gain is an estimate, else ``rules``.
     """
 
     key: str

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -175,26 +175,28 @@ def _agree(norm: ModularNorm, sensitivities: Sensitivities) -> None:
             )
 
 
-def _sampled(norm: ModularNorm, most: int = 8) -> str:
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _sampled(norm: ModularNorm) -> str:
     """Names weights whose number is an estimate, because the op that uses them has no rule."""
     keys = [leaf.key for leaf in norm.leaves if leaf.status == "sampled"]
     if not keys:
         return ""
-    shown = ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
     return (
         f"The effect of {len(keys)} weight{'s' if len(keys) > 1 else ''} was estimated by running ops on random "
-        f"inputs, because no rule or atom describes their use: {shown}. Pass unknown='error' to see each "
+        f"inputs, because no rule or atom describes their use: {_listed(keys)}. Pass unknown='error' to see each "
         "op and its place."
     )
 
 
-def _unused(names: tuple[str, ...], most: int = 8) -> str:
+def _unused(names: tuple[str, ...]) -> str:
     if not names:
         return ""
-    shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return (
         f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no output of the model on these inputs "
-        f"and get no norm: {shown}. "
+        f"and get no norm: {_listed(names)}. "
         "If they should train, pass args/kwargs that use them."
     )
 

@@ -1,9 +1,10 @@
 """Pass: where values come from. Every node is a signal, a weight, or exogenous.
 
-* *signal*: depends on a float input of the user or on data mixed with weights; it carries norms. * *weight*: one
-parameter, seen through views, casts and reparametrisations (``1 + w``, ``-exp(w)``), before it meets a signal. *
-*exogenous*: constants, buffers, integer inputs and whatever is computed from those alone (masks, positions, rotary
-tables).
+* *signal*: depends on a float input of the user or on data mixed with weights; it carries norms.
+* *weight*: one parameter, seen through views, casts and reparametrisations (``1 + w``, ``-exp(w)``), before it meets a
+  signal.
+* *exogenous*: constants, buffers, integer inputs and whatever is computed from those alone (masks, positions, rotary
+  tables).
 
 Assumes a functional graph. Promises: each node has exactly one kind; a parameter that meets another parameter or
 enters an op that no weight-side op explains makes that op a signal (a *learned source*), never a guess.

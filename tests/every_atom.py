@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import modnorm_fx as mn
 from modnorm_fx import atoms as A
+from modnorm_fx.norm import ModularNorm
 
 WIDTH, HEADS, TOKENS, WORDS = 16, 4, 4, 11
 
@@ -103,3 +106,22 @@ def pieces(atom: A.Atom, w: Tensor) -> list[float]:
 
 def written_out(atom: A.Atom, w: Tensor) -> float:
     return max(pieces(atom, w))
+
+
+CONVENTIONS = ("paper", "tracked")
+
+
+def converted(convention: str) -> tuple[EveryAtom, ModularNorm]:
+    model = EveryAtom()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model, mn.convert(model, inputs(), convention=convention)
+
+
+CASES = {name: converted(name) for name in CONVENTIONS}
+
+
+def updates(norm: ModularNorm, seed: int = 0, dtype=torch.float32) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    names = dict.fromkeys(leaf.weight for leaf in norm.leaves)
+    return {name: (10 * torch.randn(norm.shapes[name], generator=g)).to(dtype) for name in names}

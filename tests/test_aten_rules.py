@@ -13,10 +13,9 @@ from dataclasses import replace
 import pytest
 import torch
 from modula import bond
-from op_calls import Example, T, W, build, measure, moves_of
+from op_calls import Example, T, W, build, grid_moments, measure, moves_of
 from op_examples import EXAMPLES, POINTWISE
 from staged import first_region, stage
-from test_quadrature import grid_moments
 
 from modnorm_fx import ATEN
 from modnorm_fx.conventions import PAPER

@@ -19,9 +19,6 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_quick_demo_leaves_a_picture_a_table_and_falling_losses(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("timm")
-    pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "demo"
     command = [sys.executable, "-m", "modnorm_fx.models_zoo.demo", "--quick", "--workers", "1", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}

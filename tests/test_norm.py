@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from every_atom import EveryAtom, inputs, pieces, written_out
+from every_atom import CASES, CONVENTIONS, EveryAtom, pieces, updates, written_out
 from torch import Tensor, nn
 
 import modnorm_fx as mn
@@ -19,24 +19,7 @@ from modnorm_fx.atoms import Bias, Scalar, Slice, Tied
 from modnorm_fx.errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
 from modnorm_fx.norm import Leaf, ModularNorm
 
-CONVENTIONS = ("paper", "tracked")
-
-
-def converted(convention: str) -> tuple[EveryAtom, ModularNorm]:
-    model = EveryAtom()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return model, mn.convert(model, inputs(), convention=convention)
-
-
-CASES = {name: converted(name) for name in CONVENTIONS}
 both = pytest.mark.parametrize("convention", CONVENTIONS)
-
-
-def updates(norm: ModularNorm, seed: int = 0, dtype=torch.float32) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    names = dict.fromkeys(leaf.weight for leaf in norm.leaves)
-    return {name: (10 * torch.randn(norm.shapes[name], generator=g)).to(dtype) for name in names}
 
 
 def modular(norm: ModularNorm, given: dict[str, Tensor]) -> float:

@@ -9,8 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from every_atom import EveryAtom
-from test_norm import CASES, CONVENTIONS, updates
+from every_atom import CASES, CONVENTIONS, EveryAtom, updates
 from torch import nn
 
 import modnorm_fx as mn

@@ -25,7 +25,7 @@ def count(node: T.Node, kind: type) -> int:
     return (type(node) is kind) + sum(count(child, kind) for child in node.children)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(programs)
 def test_the_recursion_gives_the_sum_over_paths(program):
     for convention in CONVENTIONS:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from modnorm_fx.passes.fuse_pointwise import fuse_pointwise
+from op_calls import grid_moments
 from staged import Staged, stage
-from test_quadrature import grid_moments
 from torch import nn
 
 from modnorm_fx import ATEN

@@ -20,7 +20,7 @@ IDS = torch.zeros(2, 6, dtype=torch.long)
 aten = torch.ops.aten
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(programs)
 def test_scales_of_random_nets(program):
     found = facts(Net(program), TRACKED)

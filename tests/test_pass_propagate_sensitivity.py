@@ -9,7 +9,7 @@ from torch import nn
 from modnorm_fx.conventions import PAPER, TRACKED
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(programs)
 def test_gains_are_sums_over_paths(program):
     for convention in CONVENTIONS:

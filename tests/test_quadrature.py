@@ -4,20 +4,12 @@ import math
 
 import pytest
 import torch
+from op_calls import grid_moments
 
 from modnorm_fx.errors import ModnormError
 from modnorm_fx.quadrature import NODES, gaussian_moments
 
 SCALES = (1e-3, 0.1, 1.0, 4.0)
-
-
-def grid_moments(function, scale: float, n: int = 60_001) -> tuple[float, float]:
-    """The same two numbers by the trapezoidal rule; the slope by central differences."""
-    z = torch.linspace(-12, 12, n, dtype=torch.float64)
-    density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-    step = 1e-6 * scale
-    slope = (function(scale * z + step) - function(scale * z - step)) / (2 * step)
-    return tuple(float(torch.trapezoid(density * v.square(), z).sqrt()) for v in (function(scale * z), slope))
 
 
 @pytest.mark.parametrize("scale", SCALES)
