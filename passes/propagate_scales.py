@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from modnorm_fx import weight_atoms
 from modnorm_fx.atoms import Atom, Bias, Embedding, LogitBias, Table
 from modnorm_fx.capture import where
 from modnorm_fx.conventions import Convention
@@ -28,6 +29,8 @@ from .measure_constants import measure_constants
 from .sample import SamplingError, sample
 from .type_atoms import Weight
 
+#: roles in which a rule takes an operand for a parameter of norm 1
+MATRICES = frozenset({weight_atoms.linear, weight_atoms.linear_transposed, weight_atoms.conv, weight_atoms.embedding})
 #: ops whose output rows are averages, and what keeps them so
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 AVERAGE_KEEPERS = frozenset(
@@ -122,12 +125,13 @@ def _local(
     if getattr(node.target, "__name__", "") == "getitem":
         return Local(call.scale("arg0"), {"arg0": 1.0}), "exact", None
     key, _ = arguments(node, module)
-    if key in rules and not estimate:
+    computed = key in rules and _computed_matrix(rules[key], call, wanted)
+    if key in rules and not estimate and not computed:
         local = _apply(rules[key], call)
         if local is not None:
             return local, rules[key].status, None
     if unknown == "error":
-        return Local(1.0, {}), "sampled", ""
+        return Local(1.0, {}), "sampled", "its matrix is computed, not a parameter" if computed else ""
     try:
         return sample(module, call, wanted), "sampled", None
     except SamplingError as error:
@@ -157,6 +161,11 @@ def _operand_scales(
             facts.initial[key, index] = initial
             scales[n] = initial if convention.tracks_scales else 1.0
     return scales
+
+
+def _computed_matrix(rule: Rule, call: Call, wanted: Sequence[Operand]) -> bool:
+    """Whether the matrix of a layer is a signal: the rule speaks of a parameter of norm 1, and a signal has a scale."""
+    return any(rule.weights.get(name) in MATRICES and name not in call.weights for name, _ in wanted)
 
 
 def _apply(rule: Rule, call: Call) -> Local | None:

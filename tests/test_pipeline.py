@@ -419,3 +419,27 @@ def test_masks_of_integers_and_booleans():
     for mask in (torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5)):
         norm = mn.convert(Pooled(), (x, mask))
         assert [leaf.key for leaf in norm.leaves] == ["body.weight", "body.bias"]
+
+
+class Standardised(nn.Module):
+    """A layer whose matrix is computed in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 256))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.weight - self.weight.mean(1, True)
+        return torch.tanh(nn.functional.linear(x, w / 16))
+
+
+def test_a_computed_matrix_is_measured_or_refused_never_taken_for_a_parameter_of_norm_one():
+    x = torch.randn(4, 256)
+    norm = mn.convert(Standardised(), (x,))
+    (leaf,) = norm.leaves
+    # entries of the matrix move by 1/16 of the update's, 256 of them add up in quadrature: 1 for unit x
+    derivative = leaf.sensitivity * leaf.scale * torch.tanh(torch.randn(100_000)).square().mean().sqrt()
+    slope = (1 - torch.tanh(torch.randn(100_000)).square()).square().mean().sqrt()
+    assert derivative.item() == pytest.approx(slope.item(), rel=0.1)
+    with pytest.raises(mn.ModnormError, match="its matrix is computed, not a parameter"):
+        mn.convert(Standardised(), (x,), unknown="error")
