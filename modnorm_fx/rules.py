@@ -176,6 +176,16 @@ class RuleTable(Mapping[Any, Rule]):
 
         return add
 
+    @staticmethod
+    def joined(*tables: RuleTable) -> RuleTable:
+        """One table of the rows of several. Raises ModnormError for an op that has two rows."""
+        whole = RuleTable()
+        for table in tables:
+            for op, row in table.items():
+                whole._check(op, row.status, row.source)
+                whole._rows[op] = row
+        return whole
+
     def extended(self) -> RuleTable:
         """A copy to add one's own rules to; the original stays as it is."""
         return RuleTable(self._rows)

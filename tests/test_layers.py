@@ -20,7 +20,8 @@ FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tensor arithmetic", ("runtime", "kernels")),
     ("atoms", ("slices", "atom_base", "matrix_atoms", "weight_atoms", "atoms")),
     ("capture", ("inputs", "capture")),
-    ("rules", ("conventions", "quadrature", "regions", "rules", "aten_rules")),
+    ("rules", ("conventions", "quadrature", "regions", "rules", "layer_rules", "attention_rules", "arithmetic_rules",
+               "shape_rules", "pointwise_rules", "recurrent_rules", "aten_rules")),  # fmt: skip
     ("tree", ("tree",)),
     ("passes", ("passes",)),
     ("norm", ("explain", "norm", "norm_json")),

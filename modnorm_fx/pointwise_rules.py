@@ -1,0 +1,122 @@
+"""Rules for scalar functions of one operand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import weight_atoms as atom_of
+from .quadrature import gaussian_moments
+from .rules import Call, Local, RuleTable
+
+__all__ = ["POINTWISE"]
+
+aten = torch.ops.aten
+POINTWISE = RuleTable()
+
+TYPICAL_MAP = "Gauss-Hermite quadrature of f and f' at the operating scale"
+
+
+def _pointwise(call: Call, function: Callable[[torch.Tensor], torch.Tensor], name: str) -> Local:
+    """Typical scale and slope of a scalar function at the operand's scale."""
+    scale, slope = gaussian_moments(function, call.scale(name))
+    return Local(scale, {name: slope})
+
+
+def _call_op(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The node's op as a function of one tensor, its other arguments as they are."""
+    op: Any = call.node.target
+
+    def run(z: torch.Tensor) -> torch.Tensor:
+        args = [z if isinstance(a, fx.Node) else a for a in call.node.args]
+        return op(*args, **call.node.kwargs)
+
+    return run
+
+
+@POINTWISE.rule(aten.relu.default, status="exact", pointwise=True,
+           source="half of the entries, so 1/√2 of the RMS and of a change; arXiv 2405.14813, bond ReLU")  # fmt: skip
+def relu(call: Call) -> Local:
+    return Local(call.scale("self") / math.sqrt(2), {"self": 1 / math.sqrt(2)})
+
+
+@POINTWISE.rule(
+    aten.gelu.default,
+    status="typical",
+    pointwise=True,
+    source=TYPICAL_MAP + "; arXiv 2405.14813, bond GELU declares 1/√2",
+)
+def gelu(call: Call) -> Local:
+    if not call.convention.tracks_scales:
+        return Local(1.0, {"self": 1 / math.sqrt(2)})
+    return _pointwise(call, _call_op(call), "self")
+
+
+@POINTWISE.rule(
+    aten.silu.default, aten.sigmoid.default, aten.tanh.default, aten.elu.default, aten.celu.default,
+    aten.selu.default, aten.mish.default, aten.softplus.default, aten.leaky_relu.default, aten.hardswish.default,
+    aten.hardsigmoid.default, aten.hardtanh.default, aten.relu6.default, aten.exp.default, aten.exp2.default,
+    aten.expm1.default, aten.sin.default, aten.cos.default, aten.erf.default, aten.square.default, aten.clamp.default,
+    aten.clamp_min.default, aten.clamp_max.default, aten.log_sigmoid.default, aten.atan.default,
+    status="typical", source=TYPICAL_MAP, pointwise=True,
+)  # fmt: skip
+def smooth(call: Call) -> Local:
+    return _pointwise(call, _call_op(call), "self")
+
+
+@POINTWISE.rule(
+    aten.sign.default, aten.sgn.default, status="exact", source="±1; its derivative is zero, as autograd has it"
+)
+def sign(call: Call) -> Local:
+    return Local(1.0, {"self": 0.0})
+
+
+@POINTWISE.rule(aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, status="declared",
+           source="a quantiser keeps the size; its derivative is zero, as autograd has it")  # fmt: skip
+def quantise(call: Call) -> Local:
+    return Local(call.scale("self"), {"self": 0.0})
+
+
+@POINTWISE.rule(aten.pow.Tensor_Scalar, status="typical", source=TYPICAL_MAP, pointwise=True)
+def power(call: Call) -> Local:
+    exponent = float(call["exponent"])
+    if exponent < 0 or exponent != int(exponent):  # of something positive
+        return positive(call)
+    return _pointwise(call, _call_op(call), "self")
+
+
+@POINTWISE.rule("pointwise", status="typical", source=TYPICAL_MAP + ", the region executed on the nodes")
+def region(call: Call) -> Local:
+    return _pointwise(call, call["region"], "input")
+
+
+@POINTWISE.rule(aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.log.default, aten.log1p.default,
+           status="typical", pointwise=True,
+           source="functions of a positive quantity of the tracked size: value and slope there")  # fmt: skip
+def positive(call: Call) -> Local:
+    x = torch.tensor(call.scale("self"), dtype=torch.float64, requires_grad=True)
+    y = _call_op(call)(x)
+    (slope,) = torch.autograd.grad(y, x)
+    return Local(abs(float(y.detach())), {"self": abs(float(slope))})
+
+
+@POINTWISE.rule(aten.glu.default, status="typical", source="a·σ(b) on halves of the features, product rule")
+def glu(call: Call) -> Local:
+    s = call.scale("self")
+    gate, slope = gaussian_moments(torch.sigmoid, s)
+    return Local(s * gate, {"self": math.hypot(gate, s * slope)})
+
+
+@POINTWISE.rule(
+    aten.prelu.default,
+    status="typical",
+    source=TYPICAL_MAP + " at the usual slope 1/4",
+    weights={"weight": atom_of.gain},
+)
+def prelu(call: Call) -> Local:
+    scale, slope = gaussian_moments(lambda z: torch.nn.functional.leaky_relu(z, 0.25), call.scale("self"))
+    return Local(scale, {"self": slope, "weight": call.scale("self") / math.sqrt(2)})

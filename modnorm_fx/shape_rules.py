@@ -1,0 +1,90 @@
+"""Rules for ops that move, copy, pick or join entries."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import weight_atoms as atom_of
+from .rules import Call, Local, RuleTable, shape_of
+
+__all__ = ["SHAPES"]
+
+aten = torch.ops.aten
+SHAPES = RuleTable()
+
+REARRANGES = "moves entries; the RMS over features is unchanged"
+
+
+@SHAPES.rule(
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.transpose.int, aten.permute.default,
+    aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default, aten.flatten.using_ints, aten.unflatten.int, aten.slice.Tensor, aten.select.int,
+    aten.narrow.default, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+    aten.movedim.intlist, aten.swapaxes.default, aten.numpy_T.default, aten.mT.default,
+    status="declared", source=REARRANGES, view=True,
+)  # fmt: skip
+@SHAPES.rule(
+    aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.to.device,
+    aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.dropout.default,
+    aten.native_dropout.default, aten.roll.default, aten.flip.default, aten.repeat.default,
+    aten.constant_pad_nd.default, aten.pad.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
+    aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec, aten.gather.default,
+    aten.index_select.default, aten.unfold.default, aten.im2col.default, aten.repeat_interleave.self_int,
+    aten.channel_shuffle.default,
+    status="declared", source=REARRANGES,
+)  # fmt: skip
+def rearrange(call: Call) -> Local:
+    name = "self" if "self" in call.args else "input"
+    return Local(call.scale(name), {name: 1.0})
+
+
+@SHAPES.rule(aten.type_as.default, aten.to.other, status="declared", source=REARRANGES)
+def cast_like(call: Call) -> Local:
+    return Local(call.scale("self"), {"self": 1.0, "other": 0.0})
+
+
+@SHAPES.rule(aten.copy.default, status="declared", source=REARRANGES + "; what was there before is gone")
+def copy(call: Call) -> Local:
+    return Local(call.scale("src"), {"self": 0.0, "src": 1.0})
+
+
+@SHAPES.rule(aten.index.Tensor, status="declared", source=REARRANGES, weights={"self": atom_of.looked_up})
+def index(call: Call) -> Local:
+    return Local(call.scale("self"), {"self": 1.0})
+
+
+@SHAPES.rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tril.default, aten.triu.default, status="bound",
+           source="keeps an entry or replaces it by a constant")  # fmt: skip
+def mask(call: Call) -> Local:
+    return Local(call.scale("self"), {"self": 1.0})
+
+
+@SHAPES.rule(
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    status="bound",
+    source="each entry comes from one operand",
+)
+def where(call: Call) -> Local:
+    names = [name for name in ("self", "other") if call.is_tensor(name)]
+    return Local(max(call.scale(name) for name in names), dict.fromkeys(names, 1.0))
+
+
+@SHAPES.rule(aten.cat.default, aten.stack.default, status="exact", weights={"tensors": atom_of.joined},
+           source="along features: RMS of the whole, √f_i for the share f_i of features; else as it is")  # fmt: skip
+def cat(call: Call) -> Local:
+    tensors = call["tensors"]
+    n = len(tensors)
+    axis = int(call["dim"] or 0) % len(call.shape())
+    sizes = [1] * n if call.node.target is aten.stack.default else [shape_of(t)[axis] for t in tensors]
+    scales = [call.scale("tensors", i) for i in range(n)]
+    if not call.convention.tracks_scales:
+        return Local(1.0, {"tensors": [1.0] * n})
+    shares = [size / sum(sizes) for size in sizes]
+    scale = math.sqrt(sum(f * s * s for f, s in zip(shares, scales, strict=True)))
+    along_features = axis in call.features.get(call.node, frozenset())
+    return Local(scale, {"tensors": [math.sqrt(f) if along_features else 1.0 for f in shares]})
