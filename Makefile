@@ -1,6 +1,7 @@
 # make setup   virtual environment in .venv with everything (nothing to do when it is up to date)
 # make demo    a small training run that shows the point of the package
 # make test    the tests
+# make coverage   docs/coverage.md: every family of transformers and timm (an hour or two; goes on where it stopped)
 # make check   lint, types (on an installed copy), and the direction of the imports
 # make clean   remove what the targets above made, except .venv
 
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 INSTALLED := build/installed
 SOURCES := modnorm_fx passes models_zoo tests $(wildcard benchmarks)
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test coverage check clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,10 @@ demo: setup
 # One thread a worker: with more, small tensor work on few cores gets slower, not faster.
 test: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# It fails if a family does; the page is written all the same.
+coverage: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/modnorm-fx coverage --jobs 2 $(ARGS)
 
 # The copy is made from scratch: a stale build/lib would bring deleted modules back.
 check: setup

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from modnorm_fx.errors import ModnormError
 
 from . import tiny
 
-__all__ = ["build", "configuration", "names"]
+__all__ = ["build", "configuration", "families", "names"]
 
 Fields = dict[str, Any]
 
@@ -32,17 +34,41 @@ MAIN_WIDTHS = ("hidden_size", "n_embd", "d_model", "embed_dim", "emb_dim", "embe
 CLASSIFIERS = {"ImageClassification", "VideoClassification", "AudioClassification"}
 
 # The task whose model is built, by what the architecture is: the first that transformers has for it.
-ENCODER_DECODER = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageTextToText")
+ENCODER_DECODER = ("Seq2SeqLM", "SpeechSeq2Seq", "ImageTextToText", "TextToWaveform")
 TEXT_AND_VISION = ("ImageTextToText", "")
 ANY = (
     *("MaskedLM", "CausalLM", "ImageClassification", "ImageTextToText", "CTC", "SpeechSeq2Seq", "AudioClassification"),
     *("VideoClassification", "ObjectDetection", "UniversalSegmentation", "SemanticSegmentation", "DepthEstimation"),
-    *("KeypointDetection", "QuestionAnswering", "TimeSeriesPrediction", "", "PreTraining"),
+    *("KeypointDetection", "KeypointMatching", "PoseEstimation", "ImageMatting"),
+    *("QuestionAnswering", "TimeSeriesPrediction", "", "PreTraining"),
 )
 
 
 def names() -> tuple[str, ...]:
     return tuple(sorted(_transformers().CONFIG_MAPPING))
+
+
+def families() -> tuple[str, ...]:
+    """The names that have a model, without those that are only a part of another: `clip`, not `clip_vision_model`.
+
+    A part that has a task of its own (the language model `gemma3_text` of `gemma3`) is a family too.
+    """
+    transformers = _transformers()
+    parts = {
+        kind
+        for name in names()
+        for part in (getattr(transformers.CONFIG_MAPPING[name], "sub_configs", None) or {}).values()
+        if (kind := getattr(part, "model_type", "")).startswith(f"{name}_")
+    }
+    autos: dict[str, Any] = {
+        task: getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel", None)
+        for task in (*ENCODER_DECODER, *ANY)
+    }
+
+    def has(name: str, task: str) -> bool:
+        return autos[task] is not None and transformers.CONFIG_MAPPING[name] in autos[task]._model_mapping
+
+    return tuple(name for name in names() if any(has(name, task) for task in autos if task or name not in parts))
 
 
 def build(name: str, device: str | torch.device | None = None, **sizes: int | None) -> nn.Module:
@@ -53,15 +79,25 @@ def build(name: str, device: str | torch.device | None = None, **sizes: int | No
     if sizes.get("classes") is not None and task not in CLASSIFIERS:
         raise _refused(f"hf:{name}", ["classes"], f"it is built as {auto.__name__}, which has no classifier")
     try:
-        with torch.device(device or "cpu"):
+        with torch.device(device or "cpu"), _NumbersStay():
             return auto.from_config(config)
     except Exception as error:
         given = ", ".join(f"{flag}={size}" for flag, size in sizes.items() if size is not None) or "default sizes"
         raise ModnormError(
             f"hf:{name} could not be built with {given}.",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            why=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
             do="Try other sizes, or build the model in a function of your own and name it as path/to/file.py:function.",
         ) from error
+
+
+class _NumbersStay(TorchFunctionMode):
+    """A tensor made from one whole number keeps it: some codes pad by buffers, which would have no value on `meta`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], int) and "device" not in kwargs:
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def configuration(name: str, **sizes: int | None) -> Any:
@@ -74,12 +110,12 @@ def configuration(name: str, **sizes: int | None) -> Any:
     config_class = known[base]
     wanted = {flag: size for flag, size in sizes.items() if size is not None}
     try:
-        fields: Fields = {"use_pretrained_backbone": False, **tiny.MISSING.get(base, {})}
+        fields: Fields = {"use_pretrained_backbone": False, **copy.deepcopy(tiny.MISSING.get(base, {}))}
         if base != name:
             fields |= tiny.shrink(config_class(**_accepted(config_class, fields)))
         default = config_class(**_accepted(config_class, fields))
         understood: set[str] = {"classes"}
-        changes = _resize(default, wanted, understood)
+        changes = _resize(default, wanted, understood, fields if base != name else {})
         if missing := [flag for flag in wanted if flag not in understood]:
             raise _refused(f"hf:{name}", missing, "its configuration has no such number")
         if "vocab" in wanted:
@@ -129,13 +165,16 @@ def _task(transformers: Any, config: Any) -> tuple[str, Any]:
     )
 
 
-def _resize(config: Any, wanted: dict[str, int], understood: set[str]) -> Fields:
-    """The fields of `config` (sub-configurations as dicts) that `wanted` changes; notes the flags that found one."""
-    own = tiny.fields(config)
+def _resize(config: Any, wanted: dict[str, int], understood: set[str], given: Fields) -> Fields:
+    """The fields of `config` (sub-configurations as dicts) that `wanted` changes; notes the flags that found one.
+
+    What was `given` to the configuration is its own, even if its class could have derived it.
+    """
+    own = {**{name: getattr(config, name) for name in given if hasattr(config, name)}, **tiny.fields(config)}
     changes: Fields = {}
     for name, value in own.items():
         if hasattr(value, "to_dict"):
-            if inner := _resize(value, wanted, understood):
+            if inner := _resize(value, wanted, understood, given.get(name) or {}):
                 changes[name] = {**tiny.as_fields(value), **inner}
             continue
         for flag in wanted.keys() & DIRECT.keys():
@@ -217,7 +256,8 @@ def _accepted(config_class: type, fields: Fields) -> Fields:
         known = {field.name for field in dataclasses.fields(config_class)}
     else:
         known = set(inspect.signature(config_class).parameters)
-    return {name: value for name, value in fields.items() if name in known or name == "num_labels"}
+    known |= {"num_labels"} | ({"out_indices"} if hasattr(config_class, "out_indices") else set())
+    return {name: value for name, value in fields.items() if name in known}
 
 
 def _refused(model: str, flags: list[str], why: str) -> ModnormError:

@@ -7,24 +7,24 @@ made up where the original has none. Both keep identities: one tensor in the ori
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import io
 import logging
 import random
+import re
 import sys
-import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from functools import lru_cache
-from pathlib import Path
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -33,22 +33,20 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
+from torch.library import CustomOpDef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 
 __all__ = [
-    "LIBRARIES",
     "MAX_REAL_BYTES",
-    "check_runs",
     "dry_run",
     "fake_copy",
     "fake_inputs",
     "real_bytes",
     "real_copy",
     "real_inputs",
-    "short",
     "undisturbed",
 ]
 
@@ -56,14 +54,19 @@ __all__ = [
 MAX_REAL_BYTES = 4 << 30
 #: standard deviation of made-up weights; most libraries initialise with it
 WEIGHT_STD = 0.02
-#: where frames are not the user's
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
+#: registered operators, which modules may hold as attributes
+OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
 #: errors of fake tensors that say nothing against the model that was run on them
 NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
+)
+#: errors about shapes and arguments, which are the same with values
+MISFIT = re.compile(
+    r"shapes cannot be multiplied|must match the size of tensor|is invalid for input of size|values to unpack|"
+    r"input to conv|to have \d+ channels|unexpected keyword argument|missing \d+ required|[Yy]ou have to specify"
 )
 
 
@@ -84,49 +87,61 @@ def real_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
 
 
-def dry_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, method: str = "__call__") -> Any:
+def dry_run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    method: str = "__call__",
+    training: bool = False,
+    touched: set[str] | None = None,
+) -> Any:
     """Calls a copy of `model`; with values only if the call fails without. Raises what the model raises.
+
+    Args:
+        method: name of a method, or path to that of a part.
+        touched: is given the names of the parameters that are read.
 
     Returns the outputs; None for a model that cannot be called without values and is too large for a copy with them.
     """
     try:
-        copied, mode = fake_copy(model)
+        copied, mode = fake_copy(model, training=training)
         fake_args, fake_kwargs = fake_inputs((args, kwargs), mode)
         with mode:
-            return getattr(copied, method)(*fake_args, **fake_kwargs)
+            return _call(copied, method, fake_args, fake_kwargs, touched)
     except CaptureError:
         raise
     except Exception as error:
+        if MISFIT.search(str(error)):
+            raise
         if real_bytes(model) > MAX_REAL_BYTES:
-            if isinstance(error, NEEDS_VALUES):
+            if isinstance(error, NEEDS_VALUES) or "no fake impl" in str(error):
                 return None
             raise
     real_args, real_kwargs = real_inputs((args, kwargs))
-    return getattr(real_copy(model), method)(*real_args, **real_kwargs)
+    return _call(real_copy(model, training=training), method, real_args, real_kwargs, touched)
 
 
-def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises a CaptureError with the model's own error and line, if the model does not run on these inputs."""
-    try:
-        dry_run(model, args, kwargs)
-        return
-    except CaptureError:
-        raise
-    except Exception as error:
-        failure = error
-    frames = [f for f in traceback.extract_tb(failure.__traceback__) if not f.filename.startswith(LIBRARIES)]
-    raise CaptureError(
-        f"{type(model).__name__} does not run on these inputs.",
-        where=f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else None,
-        why=short(failure),
-        do="pass the args and kwargs with which model(*args, **kwargs) runs",
-    ) from failure
+def _call(
+    model: nn.Module, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], touched: set[str] | None
+) -> Any:
+    with _Touched(model, set() if touched is None else touched):
+        return attrgetter(method)(model)(*args, **kwargs)
 
 
-def short(error: BaseException, limit: int = 300) -> str:
-    """Type and beginning of an error, on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + ' ...'}"
+class _Touched(TorchFunctionMode):
+    """Notes the names of the parameters that are passed to functions."""
+
+    def __init__(self, model: nn.Module, found: set[str]) -> None:
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.found = found
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # a look at its shape or dtype
+            leaves = pytree.tree_leaves((args, kwargs))
+            self.found.update(self.names[id(leaf)] for leaf in leaves if id(leaf) in self.names)
+        return func(*args, **(kwargs or {}))
 
 
 def fake_inputs(inputs: Any, mode: FakeTensorMode) -> Any:
@@ -238,6 +253,8 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], training: bool)
         memo[id(parameter)] = nn.Parameter(convert(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = convert(buffer)
+    for module in model.modules():  # operators are functions: there is nothing in them to copy, and they refuse it
+        memo.update({id(value): value for value in vars(module).values() if isinstance(value, OPERATORS)})
     with _PlainTensors():
         try:
             result = copy.deepcopy(model, memo)
@@ -246,7 +263,8 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], training: bool)
                 "The model cannot be copied, and only a copy of it may be traced.",
                 where=_uncopyable(model, memo),
                 why=f"{type(error).__name__}: {error}",
-                do="remove it, or give its class a __deepcopy__; of a wrapper (DistributedDataParallel) use .module",
+                do="remove it, or give its class a __deepcopy__; of a model that is wrapped or sharded convert the "
+                ".module (DistributedDataParallel), or convert it before (fully_shard)",
             ) from error
     result.train()  # a change of mode is what empties the caches of evaluation that some models keep
     result.train(training)
@@ -286,7 +304,8 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str | None:
 
 
 def _has_no_values(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
+    """Whether there are no values here: on meta, fake, or with other processes (a DTensor)."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or hasattr(tensor, "to_local")
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from . import weight_atoms as atom_of
+from .quadrature import joint_moments
 from .rules import Call, Local, RuleTable
 
 __all__ = ["ARITHMETIC"]
@@ -95,18 +97,80 @@ def mean(call: Call) -> Local:
            status="declared",
            source="an average of parts that move alike (arXiv 2405.14813, bond AvgPool): 1")  # fmt: skip
 @ARITHMETIC.rule(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
-           aten.adaptive_max_pool2d.default,
-           aten.max_pool2d_with_indices.default, aten.amax.default, aten.amin.default, aten.max.dim,
-           aten.maximum.default,
-           aten.minimum.default, status="declared", source="picks one entry, whose change passes as it is")  # fmt: skip
+           aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default,
+           aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default,
+           aten.fractional_max_pool2d.default, aten.fractional_max_pool3d.default, aten.amax.default, aten.amin.default,
+           aten.max.default, aten.max.dim, aten.min.default, aten.min.dim, aten.aminmax.default,
+           aten.median.default, aten.median.dim, aten.nanmedian.default, aten.nanmedian.dim, aten.kthvalue.default,
+           aten.mode.default, aten.cummax.default, aten.cummin.default,
+           aten.maximum.default, aten.minimum.default, aten.fmax.default, aten.fmin.default,
+           aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
+           status="declared", source="picks one entry, whose change passes as it is")  # fmt: skip
 def pool(call: Call) -> Local:
-    names = [name for name in ("self", "input", "other") if call.is_tensor(name)]
+    names = [name for name in ("self", "input", "other", "min", "max") if call.is_tensor(name)]
     return Local(max(call.scale(name) for name in names), dict.fromkeys(names, 1.0))
 
 
-@ARITHMETIC.rule(aten.sum.dim_IntList, aten.sum.default, status="typical", source="n independent terms: √n")
-def total(call: Call) -> Local:
-    axes, shape = call["dim"], call.shape("self")
-    n = math.prod(shape[a] for a in axes) if axes else math.prod(shape)
-    root = math.sqrt(n) if call.convention.tracks_scales else float(n)
-    return Local(root * call.scale("self"), {"self": root})
+@ARITHMETIC.rule("shares", status="typical",
+           source="x/Σx of n entries |z|: Σx = n√(2/π)·s, and only what sets entries apart passes")  # fmt: skip
+def shares(call: Call) -> Local:
+    if call.is_average("input"):  # rows of a softmax sum to 1 already; they count in units of their effect
+        return Local(call.scale("input"), {"input": 1.0})
+    shape = call.shape("input")
+    total = math.prod(shape[a] for a in call["region"].facts["axes"]) * math.sqrt(2 / math.pi)
+    return Local(1 / total, {"input": 1 / (total * call.scale("input"))})
+
+
+@ARITHMETIC.rule(aten.addcmul.default, aten.addcdiv.default, status="typical",
+           source="a sum of independent terms; product and quotient rule at the operands' scales",
+           weights={"self": atom_of.added, "tensor1": atom_of.multiplied, "tensor2": atom_of.multiplied})  # fmt: skip
+def add_product(call: Call) -> Local:
+    c = 1.0 if call["value"] is None else abs(float(call["value"]))
+    s, a, b = call.scale("self"), call.scale("tensor1"), call.scale("tensor2")
+    if call.node.target is aten.addcmul.default:
+        term, slopes = c * a * b, (c * b, c * a)
+    else:
+        term, slopes = c * a / b, (c / b, c * a / b**2)
+    return Local(call.convention.add((s, term)), {"self": 1.0, "tensor1": slopes[0], "tensor2": slopes[1]})
+
+
+@ARITHMETIC.rule(aten.lerp.Scalar, aten.lerp.Tensor, status="typical",
+           source="(1 - w)·a + w·b, product rule",
+           weights={"self": atom_of.added, "end": atom_of.added, "weight": atom_of.multiplied})  # fmt: skip
+def interpolate(call: Call) -> Local:
+    a, b, w, add = call.scale("self"), call.scale("end"), call.scale("weight"), call.convention.add
+    rest = add((1.0, w)) if call.is_tensor("weight") else abs(1 - float(call["weight"]))
+    return Local(add((rest * a, w * b)), {"self": rest, "end": w, "weight": add((a, b))})
+
+
+@ARITHMETIC.rule(aten.div.Tensor_mode, aten.floor_divide.default, status="declared",
+           source="a rounded quotient; its derivative is zero, as autograd has it")  # fmt: skip
+def rounded_quotient(call: Call) -> Local:
+    whole = call["rounding_mode"] is None and call.node.target is aten.div.Tensor_mode
+    a, b = call.scale("self"), call.scale("other")
+    return Local(a / b, {"self": float(whole) / b, "other": float(whole) * a / b**2})
+
+
+@ARITHMETIC.rule(aten.atan2.default, aten.hypot.default, aten.copysign.Tensor, aten.logaddexp.default,
+           aten.logaddexp2.default, aten.pow.Tensor_Tensor, status="typical",
+           weights=dict.fromkeys(("self", "other", "exponent"), atom_of.multiplied),
+           source="quadrature of f and its two derivatives over independent Gaussian operands")  # fmt: skip
+def pairwise(call: Call) -> Local:
+    first, second = list(call.args)[:2]
+    op: Any = call.node.target
+    _, scale, (a, b) = joint_moments(op, (call.scale(first), call.scale(second)))
+    return Local(scale, {first: a, second: b})
+
+
+@ARITHMETIC.rule(aten.xlogy.Tensor, status="declared",
+           source="product rule at the operands' sizes; a logarithm counts as 1 at least")  # fmt: skip
+def entropy(call: Call) -> Local:
+    a, b = call.scale("self"), call.scale("other")
+    log = max(1.0, abs(math.log(b)) if b else 1.0)
+    return Local(a * log, {"self": log, "other": a / b})
+
+
+@ARITHMETIC.rule(aten.linalg_cross.default, status="typical", source="every entry is a difference of two products")
+def cross(call: Call) -> Local:
+    a, b, two = call.scale("self"), call.scale("other"), call.convention.add((1.0, 1.0))
+    return Local(two * a * b, {"self": two * b, "other": two * a})

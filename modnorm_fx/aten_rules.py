@@ -11,9 +11,12 @@ from .arithmetic_rules import ARITHMETIC
 from .attention_rules import ATTENTION
 from .layer_rules import LAYERS
 from .pointwise_rules import POINTWISE
+from .product_rules import PRODUCTS
+from .recurrent_rules import RECURRENT
+from .reduction_rules import REDUCTIONS
 from .rules import RuleTable
 from .shape_rules import SHAPES
 
 __all__ = ["ATEN"]
 
-ATEN = RuleTable.joined(LAYERS, ATTENTION, ARITHMETIC, SHAPES, POINTWISE)
+ATEN = RuleTable.joined(LAYERS, ATTENTION, ARITHMETIC, SHAPES, POINTWISE, RECURRENT, PRODUCTS, REDUCTIONS)

@@ -202,6 +202,7 @@ def _integers(value: Any) -> tuple[int, ...] | None:
 _READERS: dict[str, Any] = {
     "shape": _integers,
     "groups": int,
+    "gates": int,
     "feature_axes": _integers,
     "permute": _integers,
     "stored": _integers,

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import runtime
 from .atom_base import Atom, Slice, Vectors
 from .errors import WeightError
-from .matrix_atoms import Conv, Experts, Linear, PatchConv
+from .matrix_atoms import Conv, Experts, Gates, Linear, PatchConv
 from .runtime import PIECE_CAP
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "Embedding",
     "Experts",
     "Gain",
+    "GateBias",
+    "Gates",
     "Linear",
     "LogitBias",
     "PatchConv",
@@ -59,7 +61,7 @@ class _Rows(Atom):
 
     def unit_dual(self, w: Tensor) -> Tensor:
         norms = self.piece_norms(w)
-        return runtime.working(w) * runtime.piece_factors(norms, 1.0)
+        return runtime.working(w) * self.spread(runtime.piece_factors(norms, 1.0))
 
     def _draw(self, w: Tensor, generator: torch.Generator | None) -> Tensor:
         where = generator.device if generator is not None else w.device
@@ -107,6 +109,23 @@ class Bias(_Rows):
         """Zeros, whatever `norm`."""
         self._check(w)
         w.zero_()
+
+
+@dataclass(frozen=True)
+class GateBias(Bias):
+    """The biases of a recurrent layer's gates in one tensor `[gates·out]`: the largest RMS of a gate's."""
+
+    gates: int = 1
+    kind: ClassVar[str] = "GateBias"
+
+    def piece_norms(self, w: Tensor) -> Tensor:
+        return runtime.row_rms(w.unflatten(0, (self.gates, -1)))
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        return numbers.expand(-1, self.shape[0] // self.gates).flatten()
+
+    def describe(self) -> str:
+        return f"Bias {self.gates}× {self.shape[0] // self.gates}"
 
 
 # Elementwise: max |.| -----------------------------------------------------------------------------------------------

@@ -14,6 +14,15 @@ __all__ = ["ATTENTION"]
 aten = torch.ops.aten
 ATTENTION = RuleTable()
 
+#: what scaled_dot_product_attention becomes where a graph is traced below it
+FUSED = tuple(
+    getattr(aten, f"_scaled_dot_product_{name}").default
+    for name in (
+        "attention_math", "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+)  # fmt: skip
+
 
 @ATTENTION.rule(
     aten.matmul.default, aten.mm.default, aten.bmm.default, status="typical",
@@ -47,19 +56,42 @@ def _attention_share(call: Call) -> float:
 
 
 @ATTENTION.rule(
-    aten.scaled_dot_product_attention.default, "attention", status="declared",
-    weights={"attn_mask": atom_of.logit_bias},
+    aten.scaled_dot_product_attention.default, "attention", *FUSED, status="declared",
+    weights=dict.fromkeys(("attn_mask", "attn_bias", "bias", "bias1", "bias2", "bias3"), atom_of.logit_bias)
+    | {"temperature": atom_of.multiplied},
     source="an average of v, so the scale of v; logits move by scale·√d_head·s per unit of q or k, their average by "
     "that times s_v "
     "(scale·d_head where scales are not tracked: arXiv 2405.14813, section 3.3); see _attention_share",
 )  # fmt: skip
 def attention(call: Call) -> Local:
-    d = call.shape("query")[-1]
-    scale = call["region"].facts["scale"] if call["region"] else call["scale"]
-    factor = (1 / math.sqrt(d) if scale is None else scale) * (math.sqrt(d) if call.convention.tracks_scales else d)
+    """``bias``: what is added to the logits; a common shift of them changes nothing, so it saturates no softmax.
+    ``temperature``: a tensor that multiplies them. A soft cap bounds them."""
+    facts = call["region"].facts if call["region"] else {"scale": call["scale"]}
+    d = facts.get("width") or call.shape("query")[-1]
+    scale = 1 / math.sqrt(d) if facts["scale"] is None else abs(facts["scale"])
+    factor = scale * (math.sqrt(d) if call.convention.tracks_scales else d)
     q, k, v, share = call.scale("query"), call.scale("key"), call.scale("value"), _attention_share(call)
-    row = share * v * _softmax_slope(call, factor * q * k)
-    return Local(v, {"query": row * factor * k, "key": row * factor * q, "value": share, "attn_mask": row})
+    temperature = call.scale("temperature") if call.is_tensor("temperature") else 1.0
+    logits = temperature * factor * q * k
+    row = share * v * _softmax_slope(call, min(logits, facts.get("cap") or logits))
+    biases = {name: row * abs(c) for name, c in facts.get("biases", {}).items()}
+    return Local(v, {"query": row * temperature * factor * k, "key": row * temperature * factor * q, "value": share,
+                     "attn_mask": row, "attn_bias": row, "temperature": row * factor * q * k} | biases)  # fmt: skip
+
+
+@ATTENTION.rule("weighted_average", status="declared",
+                source="an average, so the scale of the values; as a product with rows of a softmax")  # fmt: skip
+def weighted_average(call: Call) -> Local:
+    v, share = call.scale("value"), _attention_share(call)
+    return Local(v, {"weights": share * v, "value": share})
+
+
+@ATTENTION.rule("linear_attention", status="declared",
+                source="q kᵀ v over the sums of q kᵀ: an average of v with positive weights, whatever the sizes of q "
+                "and k; shares as in softmax attention")  # fmt: skip
+def linear_attention(call: Call) -> Local:
+    v, share = call.scale("value"), _attention_share(call)
+    return Local(v, {"query": share * v / call.scale("query"), "key": share * v / call.scale("key"), "value": share})
 
 
 def _softmax_slope(call: Call, logits: float) -> float:

@@ -87,7 +87,7 @@ def compiled_norm(compiled: nn.Module, **options: Any) -> ModularNorm:
     Raises:
         ModnormError: no graph of the model was captured; and whatever ``convert`` raises.
     """
-    model = compiled._orig_mod if hasattr(compiled, "_orig_mod") else compiled
+    model: nn.Module = getattr(compiled, "_orig_mod", compiled)
     pieces: dict[Any, _Piece] = {}
     for parameter in model.parameters():
         pieces |= _PIECES.get(parameter, {})

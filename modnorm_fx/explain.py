@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -10,10 +12,54 @@ from torch import fx
 from .capture import Captured, where
 from .regions import Region
 
-__all__ = ["STAGES"]
+__all__ = ["STAGES", "Conversion"]
 
 #: the stages, in order
 STAGES = ("capture", "canonical", "atoms", "scales", "sensitivities", "mass", "tree", "timing")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a norm came about, for those who keep count.
+
+    Attributes:
+        route: how the graph was captured, e.g. ``export(eval)``.
+        outputs: names of the outputs that count.
+        ops: (short name, status) of an operation on signals -> how often it occurs.
+        sampled: where the operations without a rule are: ``name at module path (file:line: code)``.
+        seconds: by pass.
+    """
+
+    route: str
+    outputs: tuple[str, ...]
+    ops: Mapping[tuple[str, str], int]
+    sampled: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def conversion(captured: Captured, scales: Any, seconds: Mapping[str, float]) -> Conversion:
+    """The record of a conversion, from what the forward sweep says of every signal."""
+    module = captured.graph_module
+    ops: Counter[tuple[str, str]] = Counter()
+    sampled = []
+    for node, status in scales.status.items():
+        if node.op == "placeholder":
+            continue
+        name = _op(module, node)
+        ops[name, status] += 1
+        if status == "sampled":
+            place = where(node)
+            sampled.append(f"{name} at {place}" if place else name)
+    return Conversion(captured.route, captured.outputs, dict(sorted(ops.items())), tuple(sampled), seconds)
+
+
+def _op(module: fx.GraphModule, node: fx.Node) -> str:
+    """A node's operation: the region's name, or that of the op without its overload."""
+    if node.op == "call_module":
+        region: Any = module.get_submodule(str(node.target))
+        return str(region.facts.get("name", region.kind))
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
 
 
 def graph(captured: Captured) -> str:
@@ -31,7 +77,8 @@ def canonical(module: fx.GraphModule, found: Mapping[str, int]) -> str:
         if node.op == "placeholder":
             continue
         if node.op == "call_module":
-            target = module.get_submodule(str(node.target)).kind
+            region: Any = module.get_submodule(str(node.target))
+            target = region.facts.get("name", region.kind)
         else:
             target = getattr(node.target, "__name__", node.target)
         lines.append(f"{node.name} = {target}({', '.join(map(str, node.args))})")

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import runtime
 from .atom_base import Atom, Vectors, shares
 
-__all__ = ["Conv", "Experts", "Linear", "PatchConv"]
+__all__ = ["Conv", "Experts", "Gates", "Linear", "PatchConv"]
 
 
 @dataclass(frozen=True)
@@ -184,3 +184,29 @@ class Experts(_Spectral):
     def describe(self) -> str:
         experts, out, into = self.piece_shape
         return f"Experts {experts}× {into}→{out}"
+
+
+@dataclass(frozen=True)
+class Gates(_Spectral):
+    """The matrices of a recurrent layer's gates in one tensor, all applied to one input: the largest Linear. Shape
+    `[gates·out, in]`."""
+
+    gates: int = 1
+    kind: ClassVar[str] = "Gates"
+
+    @property
+    def piece_shape(self) -> tuple[int, int, int]:
+        return self.gates, self.shape[0] // self.gates, self.shape[1]
+
+    def matrices(self, w: Tensor) -> Tensor:
+        return w.unflatten(0, (self.gates, -1))
+
+    def _assemble(self, pieces: Tensor) -> Tensor:
+        return pieces.flatten(0, 1)
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        return numbers.repeat_interleave(self.shape[0] // self.gates)[:, None]
+
+    def describe(self) -> str:
+        gates, out, into = self.piece_shape
+        return f"Gates {gates}× {into}→{out}"

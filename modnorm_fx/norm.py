@@ -23,6 +23,7 @@ from . import tree as T
 from .atoms import Atom, Slice, Tied
 from .conventions import Convention
 from .errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
+from .explain import Conversion
 
 __all__ = ["Leaf", "ModularNorm"]
 
@@ -91,6 +92,7 @@ class ModularNorm:
         shapes: every parameter's canonical name and shape. aliases: other names of tied parameters.
         slices: leaf key -> (parameter, slices). unused: parameters that reach no output and have no leaf.
         stages: name of a stage -> function that prints it, for ``explain`` (empty on a loaded norm).
+        conversion: how it came about: route, operations by status (None on a loaded norm).
     """
 
     tree: T.Node
@@ -100,6 +102,7 @@ class ModularNorm:
     aliases: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     stages: Mapping[str, Callable[[], str]] = field(default_factory=dict, repr=False)
+    conversion: Conversion | None = field(default=None, repr=False)
     _parameters: Mapping[int, tuple[weakref.ref, str]] = field(default_factory=dict, repr=False)
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -117,14 +120,15 @@ class ModularNorm:
         share = self.convention.share(mass, self.tree.mass)
         status = "sampled" if any(u.node.status == "sampled" for u in uses) else "rules"
         uses = self.convention.binding(uses)
-        gain = math.fsum(u.gain for u in uses)
-        by_atom: dict[Atom, float] = defaultdict(float)
+        gains: dict[Atom, list[float]] = defaultdict(list)
         for u in uses:
-            by_atom[u.node.atom] += u.gain
+            gains[u.node.atom].append(u.gain)
+        by_atom = {atom: self.convention.add(values) for atom, values in gains.items()}
+        gain = math.fsum(by_atom.values())
         atom, initial = uses[0].node.atom, uses[0].node.initial
         if len(by_atom) > 1 and gain > 0:
             atom = Tied(atom.shape, tuple(by_atom), tuple(g / gain for g in by_atom.values()))
-            initial = math.fsum(u.gain / gain * u.node.initial for u in uses)
+            initial = math.fsum(u.gain * u.node.initial for u in uses) / math.fsum(u.gain for u in uses)
         sensitivity, scale = (uses[0].sensitivity, uses[0].node.gain) if len(uses) == 1 else (gain, 1.0)
         weight, slices = self.slices[key]
         return Leaf(

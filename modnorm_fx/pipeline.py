@@ -24,18 +24,24 @@ from .errors import InternalError, MassError, ModnormError
 from .norm import ModularNorm
 from .passes.assign_mass import TOTALS, assign_mass
 from .passes.bind_weights import bind_weights
+from .passes.computed_weights import computed_weights, parts_of_joined
 from .passes.feature_axes import feature_axes
 from .passes.find_stacks import find_stacks
 from .passes.flow import classify_flow
 from .passes.fold_tree import fold_tree
 from .passes.fuse_pointwise import fuse_pointwise
+from .passes.known_signs import known_signs
+from .passes.measure_constants import made_of_numbers, measure_constants
 from .passes.propagate_scales import propagate_scales
 from .passes.propagate_sensitivity import Sensitivities, propagate_sensitivity
 from .passes.recognize_attention import recognize_attention
+from .passes.recognize_averages import recognize_averages
 from .passes.recognize_norms import recognize_norms
 from .passes.recognize_rotary import recognize_rotary
+from .passes.recognize_shares import recognize_shares
 from .passes.split_packed import split_packed
 from .passes.type_atoms import type_atoms
+from .passes.unfold_cells import unfold_cells
 from .rules import RuleTable
 from .tree import allot
 
@@ -51,6 +57,7 @@ def convert(
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
+    outputs: str | Sequence[str] | None = None,
     convention: str | Convention = "tracked",
     unknown: str = "sample",
     masses: Mapping[str, float] | None = None,
@@ -62,6 +69,10 @@ def convert(
         model: any nn.Module; real, meta and fake tensors are all fine.
         args, kwargs: example inputs as ``model(*args, **kwargs)`` takes them; they may be left out for Hugging Face
         and timm models.
+        outputs: names of the outputs that the loss uses (``"logits"``, ``"[0]"``), or of containers around them
+            (``"aux_outputs"`` for all below it). By default every floating-point output that depends on a parameter
+            counts, and all count equally: key-value caches are switched off, and hidden states and attention maps are
+            outputs only where the model returns them unasked.
         convention: ``"tracked"`` for existing models, ``"paper"`` for nets written the paper's way (see
         ``conventions``).
         unknown: what to do with an op without a rule: ``"sample"`` estimates it by running it on random inputs and
@@ -72,10 +83,12 @@ def convert(
         rules: the table of op rules; ``ATEN.extended()`` to add one's own.
 
     Returns:
-        A ModularNorm bound to ``model``. Parameters that reach no output are named in a warning and in ``.unused``.
+        A ModularNorm bound to ``model``. Parameters that reach no output that counts are named in a warning and in
+        ``.unused``.
 
     Raises:
-        CaptureError: the model does not run on its inputs, or cannot be traced, or returns no floating-point output.
+        CaptureError: the model does not run on its inputs, or cannot be traced, or returns no floating-point output,
+            or none of a name in ``outputs``.
         UnknownOpError, WeightError: an op has no rule or a weight no atom (all are named at once).
         MassError: ``masses`` names nothing or is not a finite number >= 0.
     """
@@ -99,27 +112,38 @@ def convert(
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
-    captured: Captured = run("capture", capture, model, args, dict(kwargs) if kwargs is not None else None)
+    captured: Captured = run(
+        "capture", capture, model, args, dict(kwargs) if kwargs is not None else None, outputs=outputs
+    )
     module, inputs = captured.graph_module, captured.inputs
     graph_as_captured = explain.graph(captured)  # the text is made now, later passes rewrite the graph
     stages["capture"] = lambda: graph_as_captured
-    found = {"norms": run("recognize_norms", recognize_norms, module)}
+    found = {"cells": run("unfold_cells", unfold_cells, module)}
+    held = made_of_numbers(inputs, captured.constants)
+    found["computed"] = run("computed_weights", computed_weights, module, inputs, held, rules=rules)
+    found["norms"] = run("recognize_norms", recognize_norms, module)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["attention"] = run("recognize_attention", recognize_attention, module, flow)
+    found["averages"] = run("recognize_averages", recognize_averages, module, flow)
+    found["shares"] = run("recognize_shares", recognize_shares, module, flow)
     products_only = not chosen.tracks_scales
     found["pointwise"] = run("fuse_pointwise", fuse_pointwise, module, flow, rules=rules, products_only=products_only)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
-    found["packed"] = run("split_packed", split_packed, module, flow, rules=rules)
+    values = {i.node: captured.constants[i.name] for i in inputs if i.kind == "constant"}
+    found["packed"] = run("split_packed", split_packed, module, flow, rules=rules, constants=values)
+    run("computed_weights", parts_of_joined, module, rules=rules)
     module.graph.lint()
     module.recompile()
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     stages["canonical"] = lambda: explain.canonical(module, found)
-    uses = run("bind_weights", bind_weights, module, inputs, flow, rules=rules)
+    constants = run("measure_constants", measure_constants, module, flow, held)
+    uses = run("bind_weights", bind_weights, module, inputs, flow, rules=rules, constants=constants)
     axes = run("feature_axes", feature_axes, module, flow, rules=rules)
     weights = run("type_atoms", type_atoms, module, uses, flow, axes, captured.shapes, rules=rules, unknown=unknown)
     stages["atoms"] = lambda: explain.atoms(weights)
+    signs = run("known_signs", known_signs, module, rules=rules)
     scales = run(
         "propagate_scales",
         propagate_scales,
@@ -130,6 +154,8 @@ def convert(
         rules=rules,
         convention=chosen,
         unknown=unknown,
+        signs=signs,
+        constants=constants,
     )
     stages["scales"] = lambda: explain.scales(module, scales)
     sensitivities = run(
@@ -152,13 +178,15 @@ def convert(
         aliases=dict(captured.aliases),
         unused=tuple(name for name in captured.shapes if name not in used),
         stages=stages,
+        conversion=explain.conversion(captured, scales, seconds),
     ).bind(model)
     run("agreement", _agree, norm, sensitivities)
     stages["tree"] = lambda: str(norm)
     for path, mass in (masses or {}).items():
         if path not in named:
             norm = norm.tare(path, mass)
-    for text in (_unused(norm.unused), _partly_used(norm), _sampled(norm)):
+    selected = captured.outputs if outputs is not None else ()
+    for text in (_unused(norm.unused, selected), _partly_used(norm), _sampled(norm)):
         if text:
             warnings.warn(text, stacklevel=2)
     return norm
@@ -191,11 +219,12 @@ def _sampled(norm: ModularNorm) -> str:
     )
 
 
-def _unused(names: tuple[str, ...]) -> str:
+def _unused(names: tuple[str, ...], selected: tuple[str, ...]) -> str:
     if not names:
         return ""
+    output = f"selected output ({_listed(selected)})" if selected else "output"
     return (
-        f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no output of the model on these inputs "
+        f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no {output} of the model on these inputs "
         f"and get no norm: {_listed(names)}. "
         "If they should train, pass args/kwargs that use them."
     )

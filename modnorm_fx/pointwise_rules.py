@@ -18,12 +18,14 @@ __all__ = ["POINTWISE"]
 aten = torch.ops.aten
 POINTWISE = RuleTable()
 
+#: what the paper declares for GELU (arXiv 2405.14813, table of bonds), however it is spelled
+GELU = 1 / math.sqrt(2)
 TYPICAL_MAP = "Gauss-Hermite quadrature of f and f' at the operating scale"
 
 
 def _pointwise(call: Call, function: Callable[[torch.Tensor], torch.Tensor], name: str) -> Local:
-    """Typical scale and slope of a scalar function at the operand's scale."""
-    scale, slope = gaussian_moments(function, call.scale(name))
+    """Typical scale and slope of a scalar function at the operand's scale, for entries of its sign."""
+    scale, slope = gaussian_moments(function, call.scale(name), call.sign(name))
     return Local(scale, {name: slope})
 
 
@@ -52,7 +54,7 @@ def relu(call: Call) -> Local:
 )
 def gelu(call: Call) -> Local:
     if not call.convention.tracks_scales:
-        return Local(1.0, {"self": 1 / math.sqrt(2)})
+        return Local(1.0, {"self": GELU})
     return _pointwise(call, _call_op(call), "self")
 
 
@@ -61,7 +63,11 @@ def gelu(call: Call) -> Local:
     aten.selu.default, aten.mish.default, aten.softplus.default, aten.leaky_relu.default, aten.hardswish.default,
     aten.hardsigmoid.default, aten.hardtanh.default, aten.relu6.default, aten.exp.default, aten.exp2.default,
     aten.expm1.default, aten.sin.default, aten.cos.default, aten.erf.default, aten.square.default, aten.clamp.default,
-    aten.clamp_min.default, aten.clamp_max.default, aten.log_sigmoid.default, aten.atan.default,
+    aten.clamp_min.default, aten.clamp_max.default, aten.log_sigmoid.default, aten.atan.default, aten.erfc.default,
+    aten.sinh.default, aten.cosh.default, aten.asinh.default, aten.sinc.default, aten.special_ndtr.default,
+    aten.special_log_ndtr.default,
+    aten.special_i0.default, aten.special_i0e.default, aten.special_i1.default,
+    aten.special_i1e.default, aten.deg2rad.default, aten.rad2deg.default, aten.softshrink.default,
     status="typical", source=TYPICAL_MAP, pointwise=True,
 )  # fmt: skip
 def smooth(call: Call) -> Local:
@@ -81,6 +87,25 @@ def quantise(call: Call) -> Local:
     return Local(call.scale("self"), {"self": 0.0})
 
 
+@POINTWISE.rule(aten.remainder.Scalar, aten.fmod.Scalar, aten.frac.default, aten.rrelu.default, aten.pow.Scalar,
+           aten.threshold.default, aten.hardshrink.default,
+           status="typical", source=TYPICAL_MAP)  # fmt: skip
+def stepped(call: Call) -> Local:
+    name = next(name for name in ("self", "exponent") if call.is_tensor(name))
+    return _pointwise(call, _call_op(call), name)
+
+
+@POINTWISE.rule(aten.acos.default, aten.asin.default, aten.atanh.default, aten.erfinv.default, aten.logit.default,
+           aten.tan.default,
+           status="declared",
+           source="inside the domain by construction: value and slope at the tracked size, at most 0.9")  # fmt: skip
+def bounded(call: Call) -> Local:
+    x = torch.tensor(min(call.scale("self"), 0.9), dtype=torch.float64, requires_grad=True)
+    y = _call_op(call)(x)
+    (slope,) = torch.autograd.grad(y, x)
+    return Local(abs(float(y.detach())), {"self": abs(float(slope))})
+
+
 @POINTWISE.rule(aten.pow.Tensor_Scalar, status="typical", source=TYPICAL_MAP, pointwise=True)
 def power(call: Call) -> Local:
     exponent = float(call["exponent"])
@@ -91,10 +116,13 @@ def power(call: Call) -> Local:
 
 @POINTWISE.rule("pointwise", status="typical", source=TYPICAL_MAP + ", the region executed on the nodes")
 def region(call: Call) -> Local:
+    if call["region"].facts.get("name") == "gelu" and not call.convention.tracks_scales:
+        return Local(1.0, {"input": GELU})
     return _pointwise(call, call["region"], "input")
 
 
 @POINTWISE.rule(aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.log.default, aten.log1p.default,
+           aten.log2.default, aten.log10.default, aten.lgamma.default, aten.digamma.default, aten.special_entr.default,
            status="typical", pointwise=True,
            source="functions of a positive quantity of the tracked size: value and slope there")  # fmt: skip
 def positive(call: Call) -> Local:

@@ -41,6 +41,10 @@ def _header(norm: ModularNorm) -> list[str]:
     ]
 
 
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _nodes(node: T.Node) -> Iterator[T.AtomNode | T.Bond]:
     if isinstance(node, T.AtomNode | T.Bond):
         yield node
@@ -62,8 +66,8 @@ def _footer(norm: ModularNorm, shown: str) -> list[str]:
     also: dict[str, list[str]] = defaultdict(list)
     for alias, name in norm.aliases.items():
         also[name].append(alias)
-    lines = [f"tied: {name} is also {', '.join(pattern(aliases))}" for name, aliases in also.items()]
-    lines += [f"unused, so without a norm: {', '.join(pattern(norm.unused))}"] if norm.unused else []
+    lines = [f"tied: {name} is also {_listed(pattern(aliases))}" for name, aliases in also.items()]
+    lines += [f"unused, so without a norm: {_listed(pattern(norm.unused))}"] if norm.unused else []
     share = "√(mass / total mass)" if norm.convention.quadrature else "mass / total mass"
     return [
         *lines,

@@ -235,7 +235,7 @@ class _Layout:
             else:
                 branches += found
             v += period * count
-        label = f"dag of {last + 1} vertices and {len(dag.edges)} edges ×{self._own(lanes)}"
+        label = f"dag of {last + 1} vertices and {len(dag.edges)} edges{_within(lanes)} ×{self._own(lanes)}"
         return Row("dag", label, branches=tuple(branches))
 
     def _vertex(self, lanes: Sequence[T.Dag], copies: list[int]) -> tuple[Row, ...]:
@@ -283,6 +283,12 @@ def _common(keys: Sequence[str]) -> str:
             break
         shared.append(level[0])
     return ".".join(shared)
+
+
+def _within(lanes: Sequence[T.Node]) -> str:
+    """Where the weights of a Dag are, where they lie in one module."""
+    places = [_common([leaf.key for leaf in T.leaves(lane)]) for lane in lanes]
+    return f" in {', '.join(pattern(dict.fromkeys(places)))}" if all(places) else ""
 
 
 def _branches(node: T.Node) -> list[T.Node]:

@@ -18,6 +18,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from .atoms import Atom
 from .conventions import Convention
 from .errors import InternalError, ModnormError
+from .quadrature import Sign
 from .regions import Region
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class Call:
         scales: fx node -> tracked scale, for every float operand.
         features: fx node -> the feature axes of its value.
         convention: the convention in force.
-        weights: names of the operands that are weights.
+        weights: the operands that are weights.
         averages: nodes whose rows are averages (softmax and views of it).
+        signs: fx node -> which signs its entries may have, where that is not any.
     """
 
     node: fx.Node
@@ -74,8 +76,9 @@ class Call:
     scales: Mapping[fx.Node, float]
     features: Mapping[fx.Node, frozenset[int]]
     convention: Convention
-    weights: frozenset[str] = frozenset()
+    weights: frozenset[Operand] = frozenset()
     averages: frozenset[fx.Node] = frozenset()
+    signs: Mapping[fx.Node, Sign] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """An argument, None where it was left out."""
@@ -93,11 +96,15 @@ class Call:
     def is_tensor(self, name: str) -> bool:
         return isinstance(self.args.get(name), fx.Node)
 
-    def is_weight(self, name: str) -> bool:
-        return name in self.weights
+    def is_weight(self, name: str, index: int | None = None) -> bool:
+        return (name, index) in self.weights
 
     def is_average(self, name: str) -> bool:
         return self.args.get(name) in self.averages
+
+    def sign(self, name: str) -> Sign:
+        """Which signs the entries of an operand may have."""
+        return self.signs.get(self.args[name], Sign.ANY)
 
     def shape(self, name: str | None = None, index: int | None = None) -> tuple[int, ...]:
         """Shape of an operand, or of the output."""

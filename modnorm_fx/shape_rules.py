@@ -14,6 +14,16 @@ __all__ = ["SHAPES"]
 aten = torch.ops.aten
 SHAPES = RuleTable()
 
+#: resizing: every output pixel is an average of input pixels, or one of them
+RESIZED = tuple(
+    getattr(getattr(aten, name), overload)
+    for name in (
+        "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+        "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    )
+    for overload in ("vec", "default")
+)  # fmt: skip
 REARRANGES = "moves entries; the RMS over features is unchanged"
 
 
@@ -30,9 +40,14 @@ REARRANGES = "moves entries; the RMS over features is unchanged"
     aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.dropout.default,
     aten.native_dropout.default, aten.roll.default, aten.flip.default, aten.repeat.default,
     aten.constant_pad_nd.default, aten.pad.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-    aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
-    aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec, aten.gather.default,
+    aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default,
+    aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default,
+    *RESIZED, aten.gather.default, aten.take.default, aten.masked_select.default, aten.as_strided.default,
+    aten.diagonal.default, aten.diagonal_copy.default, aten.diag_embed.default, aten.rot90.default,
+    aten.topk.default, aten.sort.default, aten.sort.stable, aten._conj.default, aten.resolve_conj.default,
+    aten.nan_to_num.default, aten.native_channel_shuffle.default, aten.max_unpool2d.default, aten.max_unpool3d.default,
     aten.index_select.default, aten.unfold.default, aten.im2col.default, aten.repeat_interleave.self_int,
+    aten.repeat_interleave.self_Tensor,
     aten.channel_shuffle.default,
     status="declared", source=REARRANGES,
 )  # fmt: skip
@@ -46,6 +61,20 @@ def cast_like(call: Call) -> Local:
     return Local(call.scale("self"), {"self": 1.0, "other": 0.0})
 
 
+@SHAPES.rule(
+    aten.fill.Scalar, aten.fill.Tensor, status="declared", source="one number everywhere; what was there is gone"
+)
+def fill(call: Call) -> Local:
+    return Local(call.scale("value"), {"self": 0.0, "value": 1.0})
+
+
+@SHAPES.rule(
+    aten.bernoulli.default, status="exact", source="0 or 1, RMS √p; its derivative is zero, as autograd has it"
+)
+def draw(call: Call) -> Local:
+    return Local(math.sqrt(min(1.0, call.scale("self"))), {"self": 0.0})
+
+
 @SHAPES.rule(aten.copy.default, status="declared", source=REARRANGES + "; what was there before is gone")
 def copy(call: Call) -> Local:
     return Local(call.scale("src"), {"self": 0.0, "src": 1.0})
@@ -56,8 +85,10 @@ def index(call: Call) -> Local:
     return Local(call.scale("self"), {"self": 1.0})
 
 
-@SHAPES.rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tril.default, aten.triu.default, status="bound",
-           source="keeps an entry or replaces it by a constant")  # fmt: skip
+@SHAPES.rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tril.default, aten.triu.default,
+           aten.scatter.value, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, aten.renorm.default,
+           status="bound",
+           source="keeps an entry or replaces it by a constant, or shrinks it")  # fmt: skip
 def mask(call: Call) -> Local:
     return Local(call.scale("self"), {"self": 1.0})
 
@@ -66,16 +97,18 @@ def mask(call: Call) -> Local:
     aten.where.self,
     aten.where.ScalarOther,
     aten.where.ScalarSelf,
+    aten.masked_scatter.default,
     status="bound",
     source="each entry comes from one operand",
 )
 def where(call: Call) -> Local:
-    names = [name for name in ("self", "other") if call.is_tensor(name)]
+    names = [name for name in ("self", "other", "source") if call.is_tensor(name)]
     return Local(max(call.scale(name) for name in names), dict.fromkeys(names, 1.0))
 
 
 @SHAPES.rule(aten.cat.default, aten.stack.default, status="exact", weights={"tensors": atom_of.joined},
-           source="along features: RMS of the whole, √f_i for the share f_i of features; else as it is")  # fmt: skip
+           source="RMS of the whole, √f_i for the share f_i of entries; along positions the largest of them counts, "
+           "so 1, unless they are alike (the steps of a loop over time)")  # fmt: skip
 def cat(call: Call) -> Local:
     tensors = call["tensors"]
     n = len(tensors)
@@ -86,5 +119,5 @@ def cat(call: Call) -> Local:
         return Local(1.0, {"tensors": [1.0] * n})
     shares = [size / sum(sizes) for size in sizes]
     scale = math.sqrt(sum(f * s * s for f, s in zip(shares, scales, strict=True)))
-    along_features = axis in call.features.get(call.node, frozenset())
-    return Local(scale, {"tensors": [math.sqrt(f) if along_features else 1.0 for f in shares]})
+    as_parts = axis in call.features.get(call.node, frozenset()) or len(set(sizes)) == 1
+    return Local(scale, {"tensors": [math.sqrt(f) if as_parts else 1.0 for f in shares]})

@@ -6,20 +6,36 @@ cannot describe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from .atoms import Atom, Bias, Conv, Embedding, Experts, Gain, Linear, LogitBias, PatchConv, Reshaped, Scalar, Table
+from .atoms import (
+    Atom,
+    Bias,
+    Conv,
+    Embedding,
+    Experts,
+    Gain,
+    GateBias,
+    Gates,
+    Linear,
+    LogitBias,
+    PatchConv,
+    Reshaped,
+    Scalar,
+    Table,
+)
 from .errors import WeightError
 
 __all__ = ["Site"]
 
-#: reparametrisations under which a matrix is still that matrix, up to a shift or a sign
-HARMLESS = frozenset({"add", "sub", "rsub", "neg", "index"})
+#: maps under which a weight is still that weight, up to a number that multiplies it and one that is added
+HARMLESS = frozenset({"add", "sub", "rsub", "neg", "index", "mul", "div"})
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,8 @@ class Site:
         through: reparametrisations on the way.
         features: feature axes of the op's output.
         logits: whether the output goes to a softmax over attention logits.
+        rate: whether the output goes to a softplus, which makes a rate or a time step of it.
+        index: which of a list of operands it is.
     """
 
     node: fx.Node
@@ -42,6 +60,8 @@ class Site:
     through: tuple[str, ...]
     features: frozenset[int]
     logits: bool
+    rate: bool = False
+    index: int | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -84,15 +104,12 @@ def _matrix(site: Site, transposed: bool) -> Atom:
     site.refuse_maps("matrix")
     if site.view.dim() == 1:
         return Gain(site.shape) if transposed else Bias(site.shape)
-    if site.view.dim() > 2 and any(n > 1 for n in site.size[:-2]):
-        if len(site.size) == 3:
-            return site.arranged(lambda shape: Experts(shape, transposed=transposed))
-        raise WeightError(f"a stack of matrices of shape {list(site.size)} has more than one leading axis")
+    if site.view.dim() > 2:
+        atom = site.arranged(lambda shape: Experts((math.prod(shape[:-2]), *shape[-2:]), transposed=transposed))
+        return atom if atom.shape == site.shape else Reshaped(atom, site.shape)
     if len(site.shape) == 2 and site.size == site.shape[::-1] and site.view.t().is_contiguous():
         return Linear(site.shape, transposed=not transposed)
-    if site.view.dim() == 2:
-        return site.arranged(lambda shape: Linear(shape, transposed=transposed))
-    raise WeightError(f"a matrix of shape {list(site.size)} has leading axes")
+    return site.arranged(lambda shape: Linear(shape, transposed=transposed))
 
 
 def linear(site: Site) -> Atom:
@@ -113,6 +130,55 @@ def matmul_left(site: Site) -> Atom:
 def matmul_right(site: Site) -> Atom:
     """``x @ W``, W: [..., in, out]."""
     return _matrix(site, transposed=True)
+
+
+def einsum_labels(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The labels of each operand's axes and of the result's, a private letter for every axis of an ellipsis."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    hidden = [rank - len(t.replace("...", "")) if "..." in t else 0 for t, rank in zip(terms, ranks, strict=True)]
+    wide = max(hidden)
+    dots = "".join(chr(0x100 + i) for i in range(wide))
+    if not arrow:
+        result = ("..." if wide else "") + "".join(sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1))
+    filled = [term.replace("...", dots[wide - own :]) for term, own in zip(terms, hidden, strict=True)]
+    return filled, result.replace("...", dots)
+
+
+def contracted(site: Site) -> Atom:
+    """A weight in an einsum. Its axes that are summed are inputs; of the others those that the other operands have too
+    count matrices side by side, and the rest are outputs. With neither inputs nor outputs it is a factor."""
+    tensors: Any = site.args["tensors"]
+    terms, result = einsum_labels(str(site.args["equation"]), [t.meta["val"].dim() for t in tensors])
+    own = terms[site.index or 0]
+    if "index" in site.through and site.is_whole and len(site.shape) == 2 and own[-1] not in result:
+        return Linear(site.shape)  # rows are looked up: the outputs of one matrix
+    if len(own) != site.view.dim():
+        raise WeightError("its entries are looked up before an einsum")
+    others = {label for i, term in enumerate(terms) if i != site.index for label in term}
+    if len(set(own)) < len(own) or (0 in site.view.stride() and site.view.numel() > 1):
+        raise WeightError("its axes are repeated in an einsum")
+    into = [d for d, label in enumerate(own) if label not in result]
+    batch = [d for d, label in enumerate(own) if label in result and label in others]
+    out = [d for d, label in enumerate(own) if label in result and label not in others]
+    if not into and not out:
+        return multiplied(site)
+    site.refuse_maps("matrix")
+    transposed = not site.view.permute(batch + out + into).is_contiguous()
+    last = (into, out) if transposed else (out, into)
+    count, *sizes = (math.prod(site.size[d] for d in axes) for axes in (batch, *last))
+    kind, shape = (Experts, (count, *sizes)) if batch else (Linear, tuple(sizes))
+    matrix = kind(shape, transposed=transposed)
+    atom = replace(site, view=site.view.permute(batch + last[0] + last[1])).arranged(lambda _: matrix)
+    return atom if atom.shape == site.shape else Reshaped(atom, site.shape)
+
+
+def bilinear(site: Site) -> Atom:
+    """``x W y``, W: [out, in, in]: a matrix on products of entries."""
+    site.refuse_maps("bilinear")
+    flat = Linear((site.size[0], math.prod(site.size[1:])))
+    atom = site.arranged(lambda _: flat)
+    return atom if atom.shape == site.shape else Reshaped(atom, site.shape)
 
 
 def conv(site: Site) -> Atom:
@@ -140,9 +206,25 @@ def conv(site: Site) -> Atom:
 
 
 def embedding(site: Site) -> Atom:
-    """Rows looked up."""
+    """Rows looked up, or entries of a table of logit biases (T5's buckets)."""
+    if site.logits:
+        return LogitBias(site.shape)
     site.refuse_maps("lookup")
     return site.arranged(Embedding)
+
+
+def gates(site: Site) -> Atom:
+    """A parameter of a recurrent layer: the gates' matrices ``[G·H, in]`` or biases ``[G·H]``, or the projection
+    ``[P, H]`` of an LSTM."""
+    site.refuse_maps("recurrent")
+    states: Any = site.args["hx"]
+    hidden = (states[-1] if isinstance(states, list | tuple) else states).meta["val"].shape[-1]
+    count = site.size[0] // hidden
+    if len(site.size) == 1:
+        return GateBias(site.shape, gates=count) if count > 1 else Bias(site.shape)
+    if count > 1:
+        return site.arranged(lambda shape: Gates(shape, gates=count))
+    return _matrix(site, transposed=False)
 
 
 def gain(site: Site) -> Atom:
@@ -151,8 +233,8 @@ def gain(site: Site) -> Atom:
 
 
 def bias(site: Site) -> Atom:
-    """The bias of a layer: one vector over features."""
-    return Bias(site.shape)
+    """The bias of a layer: one vector over features. That of a rate (``dt_proj.bias``) has a value with a meaning."""
+    return Scalar(site.shape) if site.rate else Bias(site.shape)
 
 
 def logit_bias(site: Site) -> Atom:
@@ -170,7 +252,7 @@ def added(site: Site) -> Atom:
     """An added vector (bias), table with position axes, or logit bias."""
     if site.logits:
         return LogitBias(site.shape)
-    if any(t not in HARMLESS for t in site.through):
+    if site.rate or any(t not in HARMLESS for t in site.through):
         return Scalar(site.shape)
     positions = [d for d in _varying(site) if d not in _aligned_features(site)]
     return table(site) if positions else Bias(site.shape)
@@ -207,7 +289,9 @@ def table(site: Site) -> Atom:
 def source(site: Site) -> Atom:
     """A parameter that feeds an ordinary op as an input would (learned queries, latents): a table over its last
     axis."""
-    return Table(site.shape, feature_axes=(len(site.shape) - 1,)) if site.shape else Scalar(site.shape)
+    if not site.shape or any(t not in HARMLESS for t in site.through):
+        return Scalar(site.shape)
+    return Table(site.shape, feature_axes=(len(site.shape) - 1,))
 
 
 def _varying(site: Site) -> list[int]:

@@ -4,6 +4,11 @@ Stem 1, head 1, all stacks together ``stacks``; within the stacks equal shares p
 without stacks gives every matrix mass 1, as the paper does. Doubling the depth leaves every total as it is (arXiv
 2405.14813, section 3.1).
 
+Several stacks (encoder and decoder, two towers, a backbone under a transformer) share equally, however deep each is:
+only then does deepening one of them leave the budget of the others, and the rates between them, as they are.
+A fusion of two layers beside a tower of 24 thus takes as much as the tower, and more per block; where that is unwanted,
+``tare`` gives a stack another mass.
+
 Assumes places. Promises finite, non-negative masses, not all zero.
 """
 

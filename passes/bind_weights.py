@@ -7,8 +7,10 @@ followed is an error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -24,6 +26,20 @@ from .flow import ARITHMETIC, Flow
 from .layout import replay, sliced
 
 
+class Affine(NamedTuple):
+    """``shift + factor·w``."""
+
+    factor: float
+    shift: float
+
+    def after(self, first: Affine) -> Affine:
+        """The one map behind the other."""
+        return Affine(self.factor * first.factor, self.factor * first.shift + self.shift)
+
+
+IDENTITY = Affine(1.0, 0.0)
+
+
 @dataclass(frozen=True)
 class WeightUse:
     """One operand that is a weight.
@@ -33,6 +49,7 @@ class WeightUse:
         parameter: qualified name; ``slices`` and ``shape`` say which part of it, in the parameter's own axes.
         view: the operand as a meta tensor over the contiguous part: its sizes and strides are the arrangement.
         through: names of reparametrisations on the way (``exp``, ``neg``, ``add``), in order.
+        affine: what the last of them that are affine amount to.
     """
 
     node: fx.Node
@@ -42,6 +59,7 @@ class WeightUse:
     shape: tuple[int, ...]
     view: torch.Tensor
     through: tuple[str, ...]
+    affine: Affine = IDENTITY
 
     @property
     def is_whole(self) -> bool:
@@ -55,12 +73,19 @@ class _Value:
     shape: tuple[int, ...]
     view: Any  # a meta tensor; between a split and its getitem a tuple of them
     through: tuple[str, ...]
+    affine: Affine = IDENTITY
 
 
 def bind_weights(
-    module: fx.GraphModule, inputs: tuple[Input, ...], flow: Flow, *, rules: RuleTable
+    module: fx.GraphModule,
+    inputs: tuple[Input, ...],
+    flow: Flow,
+    *,
+    rules: RuleTable,
+    constants: Mapping[fx.Node, float] = MappingProxyType({}),
 ) -> tuple[WeightUse, ...]:
-    """All uses, in graph order. Raises WeightError where a parameter's entries are rearranged beyond following."""
+    """All uses, in graph order; ``constants`` are sizes of tensors that multiply parameters (``measure_constants``).
+    Raises WeightError where a parameter's entries are rearranged beyond following."""
     names = {entry.node: entry.name for entry in inputs if entry.kind == "parameter"}
     values: dict[fx.Node, _Value | None] = {}
     uses: list[WeightUse] = []
@@ -69,7 +94,7 @@ def bind_weights(
             shape = tuple(node.meta["val"].shape)
             values[node] = _Value((), shape, torch.empty(shape, device="meta"), ())
         elif flow.weight(node):
-            values[node] = _follow(module, node, values, flow, rules)
+            values[node] = _follow(module, node, values, flow, rules, constants)
         elif flow.signal(node):
             _, args = arguments(node, module)
             for operand, source in operands(args):
@@ -86,13 +111,19 @@ def bind_weights(
                             value.shape,
                             value.view,
                             value.through,
+                            value.affine,
                         )
                     )
     return tuple(uses)
 
 
 def _follow(
-    module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, _Value | None], flow: Flow, rules: RuleTable
+    module: fx.GraphModule,
+    node: fx.Node,
+    values: dict[fx.Node, _Value | None],
+    flow: Flow,
+    rules: RuleTable,
+    constants: Mapping[fx.Node, float],
 ) -> _Value | None:
     (source,) = [s for s in node.all_input_nodes if flow.weight(s)]
     value = values[source]
@@ -102,8 +133,8 @@ def _follow(
         place: Any = node.args[1:]
         return _take(value, Slice(*place))
     if node.target is aten.index.Tensor:  # rows looked up at fixed places: for the atom it is the table itself
-        return _Value(value.slices, value.shape, value.view, value.through + ("index",))
-    key, _ = arguments(node, module)
+        return replace(value, through=value.through + ("index",))
+    key, args = arguments(node, module)
     row = rules.get(key)
     if (
         "index" in value.through and row is not None and row.view
@@ -111,15 +142,42 @@ def _follow(
         return value
     view = replay(node, value.view, rules)
     if isinstance(view, torch.Tensor | tuple | list):
-        return _Value(value.slices, value.shape, view, value.through)
+        return replace(value, view=view)
+    affine = _affine(key, args, source, constants)
+    if affine is not None:
+        return replace(value, through=value.through + (_op_name(node),), affine=affine.after(value.affine))
     if key in ARITHMETIC or (row is not None and row.pointwise):
-        return _Value(
-            value.slices,
-            value.shape,
-            value.view,
-            value.through + (str(node.target).split(".")[-2] if "." in str(node.target) else "map",),
-        )
+        name = "reciprocal" if key is aten.div.Tensor else _op_name(node)
+        return replace(value, through=value.through + (name,), affine=IDENTITY)
     return None
+
+
+def _op_name(node: fx.Node) -> str:
+    return str(node.target).split(".")[-2] if "." in str(node.target) else "map"
+
+
+def _affine(key: Any, args: Mapping[str, Any], source: fx.Node, constants: Mapping[fx.Node, float]) -> Affine | None:
+    """The op as a function of the weight ``source``, if that is affine. A tensor of unknown value counts as 1 where it
+    multiplies and as 0 where it is added."""
+    if key is aten.neg.default:
+        return Affine(-1.0, 0.0)
+    if key not in ARITHMETIC:
+        return None
+    left = args["self"] is source
+    other = args["other"] if left else args["self"]
+    if key in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor):
+        c = (constants.get(other) or 1.0) if isinstance(other, fx.Node) else float(other)
+        if key is aten.div.Tensor:
+            return Affine(1 / c, 0.0) if left and c else None
+        return Affine(c, 0.0) if c else None
+    c = constants.get(other, 0.0) if isinstance(other, fx.Node) else float(other)
+    alpha = 1.0 if args.get("alpha") is None else float(args["alpha"])
+    of_weight, of_other = (1.0, alpha) if left else (alpha, 1.0)
+    if key is aten.sub.Tensor:
+        of_weight, of_other = (1.0, -alpha) if left else (-alpha, 1.0)
+    elif key is aten.rsub.Scalar:
+        of_weight, of_other = -alpha, 1.0
+    return Affine(of_weight, of_other * c)
 
 
 def _take(value: _Value, part: Slice) -> _Value | None:
@@ -129,22 +187,15 @@ def _take(value: _Value, part: Slice) -> _Value | None:
     if block is None:
         return None
     slices, shape, view = block  # of a slice of a slice the first one
-    value = _Value(_join(value.slices, slices), shape, view, value.through)
+    value = replace(value, slices=_join(value.slices, slices), shape=shape, view=view)
     whole = torch.empty(value.shape, device="meta")
-    if tuple(value.view.shape) != value.shape or value.view.stride() != whole.stride():
-        if (
-            value.view.dim() == 2
-            and tuple(value.view.t().shape) == value.shape
-            and value.view.t().stride() == whole.stride()
-        ):
-            part = Slice(1 - part.axis, part.start, part.stop, part.period)  # a slice of the transpose
-            taken = part.read(whole)
-            view = torch.empty(taken.shape, device="meta").t()
-            return _Value(_join(value.slices, (part,)), tuple(taken.shape), view, value.through)
+    order = sorted(range(view.dim()), key=lambda d: (-view.stride()[d], -view.shape[d]))
+    if tuple(view.permute(order).shape) != shape or view.permute(order).stride() != whole.stride():
         return None
+    part = Slice(order.index(part.axis), part.start, part.stop, part.period)  # of the stored arrangement
     taken = part.read(whole)
-    view = torch.empty(taken.shape, device="meta")
-    return _Value(_join(value.slices, (part,)), tuple(taken.shape), view, value.through)
+    view = torch.empty(taken.shape, device="meta").permute([order.index(d) for d in range(view.dim())])
+    return replace(value, slices=_join(value.slices, (part,)), shape=tuple(taken.shape), view=view)
 
 
 def resolve(use: WeightUse) -> WeightUse:
@@ -154,7 +205,7 @@ def resolve(use: WeightUse) -> WeightUse:
     if block is None:
         raise _lost(use.node, use.parameter, use.node)
     slices, shape, view = block
-    return WeightUse(use.node, use.operand, use.parameter, _join(use.slices, slices), shape, view, use.through)
+    return replace(use, slices=_join(use.slices, slices), shape=shape, view=view)
 
 
 def _join(slices: tuple[Slice, ...], more: tuple[Slice, ...]) -> tuple[Slice, ...]:

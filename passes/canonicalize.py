@@ -44,6 +44,13 @@ def cone(output: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[list[fx.Node
     return sorted(inside), sorted(frontier)
 
 
+def picked(node: Any, index: int, *of: Any) -> Any:
+    """If ``node`` picks output ``index`` of one of the given ops, that op's call; anything else as it is."""
+    if isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem" and node.args[1] == index:
+        return node.args[0] if is_call(node.args[0], *of) else node
+    return node
+
+
 def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(n) for n in node.meta["val"].shape)
 

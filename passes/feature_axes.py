@@ -15,13 +15,25 @@ import torch
 from torch import fx
 
 from modnorm_fx.rules import RuleTable, arguments, operands, shape_of
+from modnorm_fx.weight_atoms import einsum_labels
 
 from .canonicalize import aten
 from .flow import Flow, is_float
 
-CONVS = frozenset({aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
-LINEARS = frozenset({aten.linear.default, aten.addmm.default, aten.embedding.default})
-MATMULS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default})
+CONVS = frozenset(
+    {
+        aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
+        aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
+    }
+)  # fmt: skip
+LINEARS = frozenset(
+    {
+        aten.linear.default, aten.addmm.default, aten.embedding.default, aten.embedding_bag.default,
+        aten.embedding_bag.padding_idx, aten.bilinear.default,
+    }
+)  # fmt: skip
+MATMULS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 RESHAPES = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 )
@@ -93,28 +105,32 @@ def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: 
     if key is aten.unsqueeze.default:
         at = int(args["dim"]) % rank
         return frozenset(a + (a >= at) for a in x)
-    if key in (
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-        aten.select.int,
-        aten.mean.dim,
-        aten.sum.dim_IntList,
-        aten.amax.default,
-    ):
-        return _dropped(before, rank, args, x)
-    if key is aten.unbind.int:
+    if len(before) > rank and "dim" in args or key in (aten.squeeze.dims, aten.squeeze.default):  # indices, reductions
         return _dropped(before, rank, args, x)
     if key is aten.stack.default:
         at = int(args["dim"] or 0) % rank
         return frozenset(a + (a >= at) for a in x)
+    if key is aten.einsum.default:
+        return _labelled(args, rank, axes, flow) or last
+    if key in (aten.im2col.default, aten.col2im.default):
+        return frozenset({rank - (2 if key is aten.im2col.default else 3)})
+    if key in (aten.baddbmm.default, aten.addbmm.default):
+        return frozenset({rank - 1})
+    if key is aten.view_as_real.default:
+        return x | {rank - 1} if rank - 2 in x else x
+    if key is aten.view_as_complex.default:
+        return frozenset(a for a in x if a < rank) or last
     if key in MATMULS and len(inputs) > 1:
         right = axes[inputs[1]]
         shift = rank - len(shape_of(inputs[1]))
         return frozenset(a + rank - len(before) for a in x if a != len(before) - 1) | frozenset(
             a + shift for a in right if a == len(shape_of(inputs[1])) - 1
         )
-    if key == "attention" or key is aten.scaled_dot_product_attention.default:
+    if key == "weighted_average":
+        gone, value = args["region"].facts["axis"], args["value"]
+        dropped = len(shape_of(value)) > rank
+        return frozenset(a - (dropped and a > gone) for a in axes[value] if not (dropped and a == gone))
+    if key in ("attention", "linear_attention") or key is aten.scaled_dot_product_attention.default:
         value = args["value"]
         return axes[value]
     # pointwise and the like: broadcasting aligns axes from the right
@@ -123,6 +139,20 @@ def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: 
         shift = rank - len(shape_of(n))
         out |= {a + shift for a in axes[n] if shape_of(n)[a] > 1 or len(inputs) == 1}
     return frozenset(out) or last
+
+
+def _labelled(args: Mapping[str, Any], rank: int, axes: Mapping[fx.Node, Axes], flow: Flow) -> Axes:
+    """Axes of an einsum whose label is one of features in an operand, or of outputs of a weight."""
+    tensors: Any = args["tensors"]
+    terms, result = einsum_labels(str(args["equation"]), [len(shape_of(t)) for t in tensors])
+    labels: set[str] = set()
+    for tensor, term in zip(tensors, terms, strict=True):
+        others = {label for t, own in zip(tensors, terms, strict=True) if t is not tensor for label in own}
+        if flow.weight(tensor):
+            labels |= set(term) - others
+        else:
+            labels |= {term[a] for a in axes.get(tensor, ()) if a < len(term)}
+    return frozenset(a for a, label in enumerate(result[:rank]) if label in labels)
 
 
 def regroup(before: tuple[int, ...], after: tuple[int, ...], axes: Axes) -> Axes:

@@ -2,9 +2,10 @@
 
 A stack is a run of numbered siblings of one class (``h.0, h.1, ...``; ``layer1, layer2, ...``); the outermost
 numbering counts, so a stage of a convolutional net is one block. Numbered layers that are not containers (``fc1,
-fc2`` or a ``Sequential`` of Linears) form a stack where consecutive ones hold weights of equal shapes. A single
-container in a ``ModuleList`` is a stack of one, so that depth 1 is treated as depth 2 is. What lies between two
-stacks is one more block of the later one.
+fc2`` or a ``Sequential`` of Linears) form a stack where consecutive ones hold weights of equal shapes and the model has
+no stack of containers: beside one they are a part of the stem or the head (the MLP of DETR's boxes). A container
+alone in a ``ModuleList`` or ``Sequential`` is a stack of one, so that depth 1 is treated as depth 2 is. What lies
+between two stacks is one more block of the later one.
 
 Assumes typed weights. Promises one :class:`Place` or more for every weight: a tied embedding is in the stem and in
 the head. The total mass of all stacks then does not depend on depth.
@@ -77,7 +78,7 @@ def _blocks(weights: Sequence[Weight], modules: Mapping[str, str]) -> dict[str, 
     numbers: dict[str, int] = {}
     for path in held:
         match = _NUMBERED.match(path)
-        if match:
+        if match and (path in modules or match[1].endswith(".")):  # in a ParameterList, not an LSTM's weight_ih_l0
             numbers[path] = int(match[2])
             siblings[match[1], modules.get(path, "parameter")].append(path)
     for paths in siblings.values():
@@ -88,10 +89,12 @@ def _blocks(weights: Sequence[Weight], modules: Mapping[str, str]) -> dict[str, 
         for path in _repeated(paths, modules, shapes):
             chosen[path] = name
     for (stem, _), paths in siblings.items():
-        alone = len(paths) == 1 and stem.endswith(".") and modules.get(stem[:-1], "").rsplit(".", 1)[-1] == "ModuleList"
+        alone = len(paths) == 1 and stem.endswith(".") and _holds_one(stem, modules)
         inside = any(other.startswith(paths[0] + ".") for other in chosen)
         if alone and not inside and _container(paths[0], modules) and held[paths[0]] < len(matrices):
             chosen[paths[0]] = stem.rstrip(".")
+    if any(_container(path, modules) for path in chosen):
+        chosen = {path: stack for path, stack in chosen.items() if _container(path, modules)}
     out = {}
     for w in weights:
         for prefix in _prefixes(w.parameter):  # outermost first
@@ -112,6 +115,12 @@ def _repeated(paths: list[str], modules: Mapping[str, str], shapes: Mapping[str,
         else:
             runs.append([path])
     return [path for run in runs if len(run) > 1 for path in run]
+
+
+def _holds_one(stem: str, modules: Mapping[str, str]) -> bool:
+    """Whether ``stem`` is a list of modules with one member (a ``ModuleList`` may hold others of other classes)."""
+    kind = modules.get(stem[:-1], "").rsplit(".", 1)[-1]
+    return kind == "ModuleList" or (kind == "Sequential" and f"{stem}0" in modules and f"{stem}1" not in modules)
 
 
 def _container(path: str, modules: Mapping[str, str]) -> bool:

@@ -57,8 +57,10 @@ ARITHMETIC = frozenset(
         aten.mul.Tensor,
         aten.div.Tensor,
         aten.add.Scalar,
+        aten.sub.Scalar,
         aten.rsub.Scalar,
         aten.mul.Scalar,
+        aten.div.Scalar,
     }
 )
 #: ops that keep the entries and their order.

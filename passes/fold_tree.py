@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import networkx as nx
 from torch import fx
 
+from modnorm_fx.regions import Region
 from modnorm_fx.rules import arguments, operands
 from modnorm_fx.tree import AtomNode, Bond, Compose, Dag, Node, Power, Tuple, compose, leaves, signature
 
@@ -64,13 +66,13 @@ def _signal_graph(
         if node not in sensitivities.of:
             continue
         key, args = arguments(node, module) if node.op != "placeholder" else ("input", {})
-        graph.add_node(node, module=compose(*atoms[node]) if node in atoms else IDENTITY, name=_name(key))
+        graph.add_node(node, module=compose(*atoms[node]) if node in atoms else IDENTITY, name=_name(key, args))
         sources = 0
         if node.op != "placeholder":
             for operand, source in operands(args):
                 if flow.signal(source) and operand in scales.local[node]:
                     value = scales.local[node][operand]
-                    graph.add_edge(source, node, module=_bond(_name(key), value, scales.status[node]))
+                    graph.add_edge(source, node, module=_bond(_name(key, args), value, scales.status[node]))
                     sources += 1
         if not sources:
             graph.add_edge(ENTRY, node, module=IDENTITY)
@@ -98,8 +100,11 @@ SHOWN = frozenset(
 )
 
 
-def _name(key: object) -> str:
-    """An op's short name for people: the overload's, without the variants of ATen."""
+def _name(key: object, args: Mapping[str, Any]) -> str:
+    """An op's short name for people: the overload's, without the variants of ATen, or what a region is named after."""
+    region = args.get("region")
+    if isinstance(region, Region) and "name" in region.facts:
+        return str(region.facts["name"])
     schema = getattr(key, "_schema", None)
     text = schema.name.split("::")[-1] if schema is not None else getattr(key, "__name__", str(key))
     return next((short for long, short in SHORT if long in text), text)

@@ -1,7 +1,8 @@
 """Pass (rewrite): a scalar function spelled in several ops becomes one call.
 
 GELU written with ``tanh`` and ``pow``, ``x * sigmoid(x)``, squared ReLU: every entry of the output is a function of
-the same entry of one signal. The region is later run on quadrature nodes, so no name is needed. Single functions and
+the same entry of one signal. The region is later run on quadrature nodes, so no name is needed; for people it bears
+that of the known function whose values it has. Single functions and
 plain multiples are left alone: they have rules of their own. A sum with something that is not a function of the same
 signal (a residual) ends a region.
 
@@ -10,26 +11,32 @@ Assumes a functional graph and its flow. Promises the same outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx
 
-from modnorm_fx.regions import extract
+from modnorm_fx.regions import Region, extract
 from modnorm_fx.rules import RuleTable, op_key
 
-from .canonicalize import aten, is_call, number, shape
-from .flow import Flow
+from .canonicalize import CASTS, aten, is_call, number, shape
+from .flow import ARITHMETIC, Flow
 
-LINEAR = (
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.add.Scalar,
-    aten.rsub.Scalar,
-    aten.mul.Scalar,
-    aten.div.Scalar,
-)
+#: functions that regions are named after
+KNOWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "squared_relu": lambda x: F.relu(x).square(),
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "hardswish": F.hardswish,
+}
+#: largest difference to a known function at which a region bears its name; the usual approximation of GELU by tanh is
+#: within 5e-4, and quick_gelu differs from GELU by 2e-2
+ALIKE = 1e-3
 
 
 def fuse_pointwise(module: fx.GraphModule, flow: Flow, *, rules: RuleTable, products_only: bool = False) -> int:
@@ -52,9 +59,23 @@ def fuse_pointwise(module: fx.GraphModule, flow: Flow, *, rules: RuleTable, prod
                 continue
             inside = _inside(output, roots)
             if _worthwhile(inside, products_only):
-                extract(module, "pointwise", inside, output, {"input": roots[output]})
+                ops = sorted(inside)
+                call = extract(module, "pointwise", inside, output, {"input": roots[output]})
+                region: Any = module.get_submodule(str(call.target))
+                region.facts["name"] = _name(region, ops)
                 count += 1
     return count
+
+
+def _name(region: Region, inside: Sequence[fx.Node]) -> str:
+    """The known function that the region is, or ``pointwise(tanh, pow)`` by its ops that are no arithmetic."""
+    z = torch.linspace(-4, 4, 33)
+    values = region(z).float()
+    for name, known in KNOWN.items():
+        if values.shape == z.shape and torch.allclose(values, known(z), rtol=0, atol=ALIKE):
+            return name
+    ops = [str(getattr(n.target, "_opname", n.target)) for n in inside if not is_call(n, *ARITHMETIC, *CASTS)]
+    return f"pointwise({', '.join(dict.fromkeys(ops)) or 'polynomial'})"
 
 
 def _root(node: fx.Node, roots: dict[fx.Node, fx.Node], flow: Flow, rules: RuleTable) -> fx.Node | None:
@@ -62,7 +83,7 @@ def _root(node: fx.Node, roots: dict[fx.Node, fx.Node], flow: Flow, rules: RuleT
     if node.op != "call_function" or not flow.signal(node):
         return None
     row = rules.get(op_key(node.target))
-    if not (is_call(node, *LINEAR) or (row is not None and row.pointwise)):
+    if not (is_call(node, *ARITHMETIC) or (row is not None and row.pointwise)):
         return None
     sources = node.all_input_nodes
     found = {roots.get(source, source) for source in sources}
@@ -101,8 +122,8 @@ def _inside(output: fx.Node, roots: dict[fx.Node, fx.Node]) -> set[fx.Node]:
 
 def _worthwhile(inside: set[fx.Node], products_only: bool) -> bool:
     """Two non-linear ops, or one with a product or sum of two functions of the signal; two multiples are not."""
-    curved = sum(not is_call(node, *LINEAR) for node in inside)
-    joined = [n for n in inside if is_call(n, *LINEAR) and len(n.args) > 1 and isinstance(n.args[1], fx.Node)]
+    curved = sum(not is_call(node, *ARITHMETIC) for node in inside)
+    joined = [n for n in inside if is_call(n, *ARITHMETIC) and len(n.args) > 1 and isinstance(n.args[1], fx.Node)]
     if products_only:
         return any(is_call(node, aten.mul.Tensor, aten.div.Tensor) for node in joined)
     return curved >= 2 or len(joined) >= 1

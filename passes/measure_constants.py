@@ -1,4 +1,5 @@
-"""Pass: root mean square of constants that the graph itself computes (from ``arange``, ``full``, numbers).
+"""Pass: root mean square of constants that the graph itself computes (from ``arange``, ``full``, numbers, tensors that
+``forward`` makes of numbers).
 
 Buffers and inputs are not read, so that a model on the meta device gives the same norm as one with weights. Entries
 that act as masks (-inf, or the most negative float) are left out: they select, they do not shift.
@@ -6,10 +7,14 @@ that act as masks (-inf, or the most negative float) are left out: they select, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
+
+from modnorm_fx.capture import Input
 
 from .canonicalize import aten
 from .flow import ARITHMETIC, SHAPE_ONLY, Flow, is_float
@@ -27,21 +32,34 @@ UNSET = frozenset(
         aten.new_empty_strided.default,
     }
 )
+#: how names that capture gives tensors made of numbers begin
+MADE = "lifted_tensor"
 #: entries below this are masks
 MASK = -1e4
 
 
-def measure_constants(module: fx.GraphModule, flow: Flow) -> dict[fx.Node, float]:
-    """RMS per exogenous node that a signal reads (or adds, or is multiplied by) and that depends on nothing but the
-    graph."""
-    known: set[fx.Node] = set()
+def made_of_numbers(inputs: Iterable[Input], constants: Mapping[str, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+    """Values of the inputs that are tensors made of numbers while the model ran (``torch.tensor(0.5)``); a tensor that
+    the model holds is like a buffer and not read."""
+    made = {i.node: constants[i.name] for i in inputs if i.kind == "constant" and i.name.startswith(MADE)}
+    return {node: value for node, value in made.items() if not value.is_meta}
+
+
+def measure_constants(
+    module: fx.GraphModule, flow: Flow, held: Mapping[fx.Node, torch.Tensor] = MappingProxyType({})
+) -> dict[fx.Node, float]:
+    """RMS per exogenous node that a signal or a weight reads (or adds, or is multiplied by) and that depends on nothing
+    but the graph and the tensors that are ``held`` in it."""
+    known: set[fx.Node] = set(held)
     wanted: list[fx.Node] = []
     for node in module.graph.nodes:
         if node.op == "call_function" and flow.exogenous(node) and all(s in known for s in _sources(node)):
             known.add(node)
-            if any(flow.signal(u) and (is_float(node) or u.target in ARITHMETIC) for u in node.users):
-                wanted.append(node)
-    values: dict[fx.Node, Any] = {}
+        if node in known and any(
+            not flow.exogenous(u) and (is_float(node) or u.target in ARITHMETIC) for u in node.users
+        ):
+            wanted.append(node)
+    values: dict[fx.Node, Any] = dict(held)
     out: dict[fx.Node, float] = {}
     for node in wanted:
         value = _evaluate(node, values)

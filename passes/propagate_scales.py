@@ -13,29 +13,48 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from torch import fx
 
 from modnorm_fx import weight_atoms
-from modnorm_fx.atoms import Atom, Bias, Embedding, LogitBias, Table
+from modnorm_fx.atoms import Atom, Bias, Embedding, Gain, LogitBias, Table
 from modnorm_fx.capture import where
 from modnorm_fx.conventions import Convention
 from modnorm_fx.errors import UnknownOpError
+from modnorm_fx.quadrature import Sign
 from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, operands
 
-from .canonicalize import aten
+from .bind_weights import IDENTITY, Affine
+from .canonicalize import CASTS, aten
 from .flow import Flow, is_float
 from .measure_constants import measure_constants
 from .sample import SamplingError, sample
 from .type_atoms import Weight
 
 #: roles in which a rule takes an operand for a parameter of norm 1
-MATRICES = frozenset({weight_atoms.linear, weight_atoms.linear_transposed, weight_atoms.conv, weight_atoms.embedding})
-#: ops whose output rows are averages, and what keeps them so
+MATRICES = frozenset(
+    {
+        weight_atoms.linear,
+        weight_atoms.linear_transposed,
+        weight_atoms.conv,
+        weight_atoms.embedding,
+        weight_atoms.gates,
+    }
+)
+#: kind of a region that computes a matrix from parameters
+COMPUTED = "computed_weight"
+#: ops whose output rows are averages, and what keeps them so: copies, masks, and what mixes rows (talking heads) or
+#: divides them by their sum
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 AVERAGE_KEEPERS = frozenset(
-    {aten.clone.default, aten.dropout.default, aten._to_copy.default, aten.masked_fill.Scalar, aten.where.self}
-)
+    {
+        *CASTS, aten.dropout.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self,
+        aten.where.ScalarOther, aten.where.ScalarSelf, aten.linear.default, aten.addmm.default, aten.conv2d.default,
+        aten.mul.Tensor, aten.add.Tensor, "shares",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,23 @@ class Scales:
     initial: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Use:
+    """One use of a weight."""
+
+    key: str
+    index: int
+    atom: Atom
+    affine: Affine
+
+    def stored(self, declared: float) -> float:
+        """Norm of what is stored where the map gives something of the declared norm: ``1 + w`` starts at 0."""
+        factor, shift = self.affine
+        if isinstance(self.atom, Gain) and shift:
+            return max((declared - shift) / factor, 0.0)
+        return declared / abs(factor)
+
+
 def propagate_scales(
     module: fx.GraphModule,
     flow: Flow,
@@ -64,15 +100,23 @@ def propagate_scales(
     rules: RuleTable,
     convention: Convention,
     unknown: str,
+    signs: Mapping[fx.Node, Sign] = MappingProxyType({}),
+    constants: Mapping[fx.Node, float] | None = None,
 ) -> Scales:
-    """The forward sweep. Raises UnknownOpError naming every op that has no rule and may not, or cannot, be sampled."""
+    """The forward sweep; ``constants`` as ``measure_constants`` gives them (measured here if left out).
+
+    Raises UnknownOpError naming every op that has no rule and may not, or cannot, be sampled.
+    """
     facts = Scales()
-    atoms: dict[tuple[fx.Node, Operand], tuple[str, int, Atom]] = {
-        (node, operand): (w.key, i, atom) for w in weights for i, (node, operand, atom) in enumerate(w.uses)
+    uses = {
+        (node, operand): _Use(w.key, i, atom, *(w.affine[i : i + 1] or (IDENTITY,)))
+        for w in weights
+        for i, (node, operand, atom) in enumerate(w.uses)
     }
     sampled_weights = {node for w in weights if w.sampled for node, _, _ in w.uses}
     tied = _tied_widths(weights)
-    constants = measure_constants(module, flow)
+    if constants is None:
+        constants = measure_constants(module, flow)
     averages: set[fx.Node] = set()
     failures: list[str] = []
     for node in module.graph.nodes:
@@ -83,15 +127,17 @@ def propagate_scales(
             continue
         key, args = arguments(node, module)
         wanted = [(op, n) for op, n in operands(args) if is_float(n) and (flow.signal(n) or flow.weight(n))]
-        scales = _operand_scales(node, operands(args), facts, atoms, tied, constants, convention, flow)
+        measured = args["region"].facts.get("initial", {}) if key == COMPUTED else {}
+        scales = _operand_scales(node, operands(args), facts, uses, tied, constants, convention, flow, measured)
         call = Call(
             node,
             args,
             scales,
             axes,
             convention,
-            frozenset(op[0] for op, n in wanted if flow.weight(n)),
+            frozenset(op for op, n in wanted if flow.weight(n) or _is_computed(n, module)),
             frozenset(averages & set(node.all_input_nodes)),
+            signs,
         )
         names = [op for op, _ in wanted]
         local, status, failure = _local(module, call, names, rules, unknown, estimate=node in sampled_weights)
@@ -101,10 +147,16 @@ def propagate_scales(
             failure = f"its rule says nothing of operand {', '.join(missing)}"
         if failure is not None:
             failures.append(_failure(node, failure))
-        facts.local[node] = {op: value or 0.0 for op, value in found.items()}
+        facts.local[node] = {
+            op: (value or 0.0) * (abs(uses[node, op].affine.factor) if (node, op) in uses else 1.0)
+            for op, value in found.items()
+        }
         facts.scale[node] = local.scale if convention.tracks_scales else 1.0
         facts.status[node] = status
-        if key in SOFTMAX or (call.averages and (key in AVERAGE_KEEPERS or (key in rules and rules[key].view))):
+        if status == "sampled" and key in rules:
+            for op in _computed_matrices(rules[key], call, names):
+                facts.status[_maker(_operand(args, op), rules)] = status
+        if key in SOFTMAX or _keeps_averages(key, call, [n for _, n in wanted if flow.signal(n)], rules):
             averages.add(node)
     if failures:
         raise UnknownOpError(
@@ -117,6 +169,14 @@ def propagate_scales(
     return facts
 
 
+def _keeps_averages(key: Any, call: Call, signals: Sequence[fx.Node], rules: RuleTable) -> bool:
+    """Whether the rows of the output are averages: all signals that the op reads are, and it only moves or mixes
+    them."""
+    row = rules.get(key)
+    kept = key in AVERAGE_KEEPERS or (row is not None and row.view) or getattr(key, "__name__", "") == "getitem"
+    return kept and bool(signals) and call.averages.issuperset(signals)
+
+
 def _local(
     module: fx.GraphModule, call: Call, wanted: Sequence[Operand], rules: RuleTable, unknown: str, *, estimate: bool
 ) -> tuple[Local, str, str | None]:
@@ -125,13 +185,15 @@ def _local(
     if getattr(node.target, "__name__", "") == "getitem":
         return Local(call.scale("arg0"), {"arg0": 1.0}), "exact", None
     key, _ = arguments(node, module)
-    computed = key in rules and _computed_matrix(rules[key], call, wanted)
+    computed = key in rules and bool(_computed_matrices(rules[key], call, wanted))
+    if key == COMPUTED and "scale" in call["region"].facts:  # what has no atom there counts as a number
+        return rules[key].function(call), "sampled" if estimate else rules[key].status, None
     if key in rules and not estimate and not computed:
         local = _apply(rules[key], call)
         if local is not None:
             return local, rules[key].status, None
     if unknown == "error":
-        return Local(1.0, {}), "sampled", "its matrix is computed, not a parameter" if computed else ""
+        return Local(1.0, {}), "sampled", "its matrix is computed from data" if computed else ""
     try:
         return sample(module, call, wanted), "sampled", None
     except SamplingError as error:
@@ -142,13 +204,15 @@ def _operand_scales(
     node: fx.Node,
     found: Iterable[tuple[Operand, fx.Node]],
     facts: Scales,
-    atoms: Mapping[tuple[fx.Node, Operand], tuple[str, int, Atom]],
+    uses: Mapping[tuple[fx.Node, Operand], _Use],
     tied: Mapping[str, float],
     constants: Mapping[fx.Node, float],
     convention: Convention,
     flow: Flow,
+    measured: Mapping[str, float],
 ) -> dict[fx.Node, float]:
-    """Scale of each operand of ``node``, masks of integers included; the declared norms of its weights are recorded."""
+    """Scale of each operand of ``node``, masks of integers included; the declared norms of its weights are recorded,
+    those of a computed matrix as they were ``measured``."""
     found = list(found)
     scales: dict[fx.Node, float] = {n: facts.scale[n] for _, n in found if n in facts.scale}
     others = [scales[n] for _, n in found if n in scales]
@@ -156,16 +220,33 @@ def _operand_scales(
         if flow.exogenous(n):
             scales[n] = constants.get(n, _unmeasured(node)) if convention.tracks_scales else 1.0
         elif flow.weight(n):
-            key, index, atom = atoms[node, op]
-            initial = _declared(atom, tied.get(key), others, convention)
-            facts.initial[key, index] = initial
-            scales[n] = initial if convention.tracks_scales else 1.0
+            use = uses[node, op]
+            declared = measured.get(op[0], _declared(use.atom, tied.get(use.key), others, convention))
+            facts.initial[use.key, use.index] = use.stored(declared)
+            scales[n] = declared if convention.tracks_scales else 1.0
     return scales
 
 
-def _computed_matrix(rule: Rule, call: Call, wanted: Sequence[Operand]) -> bool:
-    """Whether the matrix of a layer is a signal: the rule speaks of a parameter of norm 1, and a signal has a scale."""
-    return any(rule.weights.get(name) in MATRICES and name not in call.weights for name, _ in wanted)
+def _computed_matrices(rule: Rule, call: Call, wanted: Sequence[Operand]) -> list[Operand]:
+    """Matrices of a layer that are signals: the rule speaks of a parameter of norm 1, and a signal has a scale."""
+    return [op for op in wanted if rule.weights.get(op[0]) in MATRICES and op not in call.weights]
+
+
+def _maker(node: fx.Node, rules: RuleTable) -> fx.Node:
+    """What computes a value that is then only seen through views: its weights share the estimate of what uses it."""
+    while node.op == "call_function" and (node.target in CASTS or (node.target in rules and rules[node.target].view)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _operand(args: Mapping[str, Any], operand: Operand) -> fx.Node:
+    name, index = operand
+    return args[name] if index is None else args[name][index]
+
+
+def _is_computed(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether the value is a matrix computed from parameters alone, whose scale is its norm."""
+    return node.op == "call_module" and getattr(module.get_submodule(str(node.target)), "kind", "") == COMPUTED
 
 
 def _apply(rule: Rule, call: Call) -> Local | None:

@@ -1,8 +1,9 @@
 """Pass (rewrite): norm layers written out by hand become one call.
 
 ``x * rsqrt(mean(x²) + ε)``, ``x / sqrt(mean(x²) + ε)``, ``x / ‖x‖`` become ``rms_norm``; ``(x - mean) / sqrt(var +
-ε)`` becomes ``layer_norm``; ``x - mean(x)`` becomes ``mean_subtract``. Axes and epsilons may stand anywhere; casts
-are looked through.
+ε)`` becomes ``layer_norm``; ``x - mean(x)`` becomes ``mean_subtract``; ``x * ‖x‖ / mean(‖x‖)`` (ConvNeXt v2's
+global response normalisation) becomes ``response_norm``. Axes and epsilons may stand anywhere; casts are looked
+through.
 
 Assumes a functional ATen graph. Promises the same outputs (the region runs the ops it was cut from). Without it the
 product rule counts x twice, see theory of local rules.
@@ -17,7 +18,7 @@ from torch import fx
 
 from modnorm_fx.regions import extract
 
-from .canonicalize import aten, is_call, number, shape, strip
+from .canonicalize import CASTS, aten, is_call, number, picked, shape, strip
 
 ROOTS = {aten.rsqrt.default: -0.5, aten.sqrt.default: 0.5, aten.reciprocal.default: -1.0}
 KEEPS = (aten.clamp_min.default, aten.clamp.default, aten.expand.default, aten.maximum.default)
@@ -40,14 +41,14 @@ def recognize_norms(module: fx.GraphModule) -> int:
             count += _mean_subtract(module, node)
     for node in list(module.graph.nodes):
         if is_call(node, aten.mul.Tensor, aten.div.Tensor):
-            count += _divide_by_rms(module, node)
+            count += _divide_by_rms(module, node) or _rescale(module, node)
     return count
 
 
 def _mean_subtract(module: fx.GraphModule, node: fx.Node) -> bool:
     args: Any = node.args
     x, m = args[:2]
-    mean = _picked(strip(m, aten.expand.default), 1)
+    mean = picked(strip(m, aten.expand.default), 1, *BOTH)
     if not is_call(mean, aten.mean.dim, *BOTH) or strip(mean.args[0]) is not strip(x):
         return False
     if node.kwargs.get("alpha", 1) != 1:
@@ -84,12 +85,41 @@ def _divide_by_rms(module: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
+def _rescale(module: fx.GraphModule, node: fx.Node) -> bool:
+    """``node`` is x times norms of x over their mean, which do not depend on the size of x."""
+    args: Any = node.args
+    if not is_call(node, aten.mul.Tensor):
+        return False
+    for x, factor in ((args[0], args[1]), (args[1], args[0])):
+        ratio = strip(factor)
+        if not isinstance(x, fx.Node) or not is_call(ratio, aten.div.Tensor):
+            continue
+        norms, mean = ratio.args
+        while is_call(mean, *CASTS, *SUMS) and not isinstance((*mean.args, None)[1], fx.Node):
+            mean = mean.args[0]
+        if not is_call(mean, aten.mean.dim) or strip(mean.args[0]) is not strip(norms):
+            continue
+        found = _statistic(norms)
+        if found is not None and found[3] is strip(x):
+            extract(module, "response_norm", _between(node, strip(x)), node, {"input": strip(x)})
+            return True
+    return False
+
+
+def _is_region(module: fx.GraphModule, node: Any, kind: str) -> bool:
+    return (
+        isinstance(node, fx.Node) and node.op == "call_module" and module.get_submodule(str(node.target)).kind == kind
+    )
+
+
 def _statistic(node: Any) -> tuple[fx.Node, float, float, Any] | None:
     """Walks a factor back to a mean square, variance or norm: (that node, exponent of it, constant factor, what it is
     taken of)."""
     exponent, constant = 1.0, 1.0
     while isinstance(node, fx.Node) and node.op == "call_function":
-        node = _picked(strip(node), 0)
+        node = picked(strip(node), 0, *BOTH)
+        if _is_variance(node):
+            node = strip(node.args[0])  # the mean of squares
         if is_call(node, *MEANS):
             squared = strip(node.args[0])
             base = _squared(squared)
@@ -117,11 +147,16 @@ def _statistic(node: Any) -> tuple[fx.Node, float, float, Any] | None:
     return None
 
 
-def _picked(node: Any, index: int) -> Any:
-    """Output ``index`` of an op that returns variance and mean, as that op; anything else as it is."""
-    if isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem" and node.args[1] == index:
-        return node.args[0] if is_call(node.args[0], *BOTH) else node
-    return node
+def _is_variance(node: Any) -> bool:
+    """``mean(x²) - mean(x)²``."""
+    if not is_call(node, aten.sub.Tensor):
+        return False
+    squares, square = strip(node.args[0]), _squared(strip(node.args[1]))
+    mean = strip(square)
+    if not is_call(squares, aten.mean.dim) or not is_call(mean, aten.mean.dim) or node.kwargs.get("alpha", 1) != 1:
+        return False
+    base = _squared(strip(squares.args[0]))
+    return base is not None and strip(base) is strip(mean.args[0]) and _axes(squares) == _axes(mean)
 
 
 def _squared(node: Any) -> Any:
@@ -137,9 +172,7 @@ def _squared(node: Any) -> Any:
 def _centred_input(module: fx.GraphModule, x: Any) -> Any:
     """If x is ``y - mean(y)``, y (stripped); the variance of y is then the mean square of x."""
     x = strip(x)
-    if isinstance(x, fx.Node) and x.op == "call_module" and module.get_submodule(str(x.target)).kind == "mean_subtract":
-        return strip(x.args[0])
-    return None
+    return strip(x.args[0]) if _is_region(module, x, "mean_subtract") else None
 
 
 def _entry(x: fx.Node, over: Any, centred: Any) -> fx.Node:

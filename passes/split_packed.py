@@ -1,9 +1,9 @@
 """Pass (rewrite): a layer whose output is cut into parts becomes one layer per part.
 
-Fused QKV, gate/up and the like are several weights in one tensor; which rows belong together shows only in what
-happens to the output, so it is followed forward through views until it is cut. ``y = W x; q, k, v = y.split(d, -1)``
-becomes ``q = W[0:d] x``, ...; interleaved layouts give periodic slices. From there on every pass sees ordinary layers
-whose weights are slices.
+Fused QKV, the gate/up of a layer or of experts and the like are several weights in one tensor; which rows belong
+together shows only in what happens to the output, so it is followed forward through views until it is cut. ``y = W x;
+q, k, v = y.split(d, -1)`` becomes ``q = W[0:d] x``, ...; interleaved layouts give periodic slices. A bias that is added
+to the output before it is cut is cut with it. From there on every pass sees ordinary layers whose weights are slices.
 
 Assumes a functional graph and its flow. Promises the same outputs, up to the rounding of the smaller products.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,16 +23,19 @@ from modnorm_fx.atoms import Slice
 from modnorm_fx.rules import RuleTable, arguments, shape_of
 from modnorm_fx.slices import take_slice
 
-from .canonicalize import aten
+from .canonicalize import aten, is_call, strip
 from .flow import Flow
 from .layout import feature_slice, replay
 
-#: op -> (weight operand, its output axis, axis of the features in the output)
+#: op -> (weight operand, axis of the features in the weight, axis of the features in the output)
 LAYERS: dict[Any, tuple[str, int, int]] = {
     aten.linear.default: ("weight", 0, -1),
-    aten.addmm.default: ("mat2", 1, -1),
-    aten.mm.default: ("mat2", 1, -1),
-    aten.matmul.default: ("other", 1, -1),
+    aten.addmm.default: ("mat2", -1, -1),
+    aten.mm.default: ("mat2", -1, -1),
+    aten.matmul.default: ("other", -1, -1),
+    aten.bmm.default: ("mat2", -1, -1),
+    aten._grouped_mm.default: ("mat2", -1, -1),
+    "transformers.grouped_mm_fallback.default": ("weight", -1, -1),
     aten.convolution.default: ("weight", 0, 1),
     aten.conv1d.default: ("weight", 0, 1),
     aten.conv2d.default: ("weight", 0, 1),
@@ -43,36 +48,84 @@ BIASES: dict[Any, str] = {aten.addmm.default: "self"}
 MOST_PARTS = 8
 
 
-def split_packed(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> int:
-    """Rewrites ``module`` in place and returns how many layers were split. ``flow`` may be stale afterwards."""
+@dataclass(frozen=True)
+class _Layer:
+    """A layer, and the sum with a bias that may follow it: experts have theirs looked up."""
+
+    node: fx.Node
+    weight: fx.Node
+    weight_axis: int
+    axis: int
+    bias: fx.Node | None
+    output: fx.Node
+
+
+def split_packed(
+    module: fx.GraphModule,
+    flow: Flow,
+    *,
+    rules: RuleTable,
+    constants: Mapping[fx.Node, torch.Tensor] = MappingProxyType({}),
+) -> int:
+    """Rewrites ``module`` in place and returns how many layers were split. ``flow`` may be stale afterwards.
+
+    Args:
+        constants: values of the placeholders of constants: an index such as ``[[-2]]`` is one.
+    """
     count = 0
-    todo = [n for n in module.graph.nodes if n.op == "call_function" and n.target in LAYERS]
+    todo = list(module.graph.nodes)
     while todo:
-        node = todo.pop()
-        parts = _parts(node, module, flow, rules)
-        if parts:
-            todo.extend(_rewrite(node, module, parts))
+        layer = _layer(todo.pop(), module, flow)
+        parts = layer and _parts(layer, rules, constants)
+        if layer and parts:
+            todo.extend(_rewrite(layer, module, parts))
             count += 1
     return count
 
 
+def _layer(node: fx.Node, module: fx.GraphModule, flow: Flow) -> _Layer | None:
+    if node.op != "call_function":
+        return None
+    name, weight_axis, axis = LAYERS.get(node.target) or LAYERS.get(str(node.target)) or ("", 0, 0)
+    _, args = arguments(node, module) if name else (None, {})
+    weight = args.get(name)
+    if not isinstance(weight, fx.Node) or flow.exogenous(weight) or flow.signal(weight):
+        return None
+    rank = len(shape_of(weight))
+    if rank < 2 or args.get("groups", 1) != 1 or args.get("transposed"):
+        return None
+    axis %= len(shape_of(node))
+    bias = args.get(BIASES.get(node.target, "bias"))
+    bias = bias if isinstance(bias, fx.Node) else None
+    (user,) = node.users if len(node.users) == 1 else (None,)
+    if bias is None and is_call(user, aten.add.Tensor) and user.args[0] is node and _is_bias(user, axis, flow):
+        added: Any = user.args[1]
+        return _Layer(node, weight, weight_axis % rank, axis, added, user)
+    return _Layer(node, weight, weight_axis % rank, axis, bias, node)
+
+
+def _is_bias(node: fx.Node, axis: int, flow: Flow) -> bool:
+    """Whether the sum ``node`` adds a weight that has a number, or a row of numbers, for every feature."""
+    added: Any = node.args[1]
+    if not isinstance(added, fx.Node) or not flow.weight(added) or axis != len(shape_of(node)) - 1:
+        return False
+    if is_call(added, aten.index.Tensor):
+        args: Any = added.args
+        whole, places = args  # rows of it
+        if len(places) >= len(shape_of(whole)):
+            return False
+    return shape_of(added)[-1:] == shape_of(node)[-1:]
+
+
 def _parts(
-    node: fx.Node, module: fx.GraphModule, flow: Flow, rules: RuleTable
+    layer: _Layer, rules: RuleTable, constants: Mapping[fx.Node, torch.Tensor]
 ) -> dict[Slice, list[tuple[fx.Node, torch.Tensor]]] | None:
     """The slices the output is cut into, and the nodes that hold each; None where it is used whole or cut
     irregularly."""
-    _, args = arguments(node, module)
-    weight, _, axis = LAYERS[node.target]
-    if not isinstance(args.get(weight), fx.Node) or flow.exogenous(args[weight]) or flow.signal(args[weight]):
-        return None
-    if node.target is aten.matmul.default and len(shape_of(args[weight])) != 2:
-        return None
-    if args.get("groups", 1) != 1 or args.get("transposed"):
-        return None
-    output = torch.empty(shape_of(node), device="meta")
-    stride, features = output.stride(axis), output.shape[axis]
+    output = torch.empty(shape_of(layer.node), device="meta")
+    stride, features = output.stride(layer.axis), output.shape[layer.axis]
     parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]] = {}
-    for holder, view in _cuts(node, output, rules, stride, features):
+    for holder, view in _cuts(layer.output, output, rules, constants, stride, features):
         found = feature_slice(view, stride, features)
         if isinstance(found, str) or view.numel() != output.numel() // features * _size(found, features):
             return None
@@ -83,25 +136,44 @@ def _parts(
 
 
 def _cuts(
-    node: fx.Node, value: torch.Tensor, rules: RuleTable, stride: int, features: int
+    node: fx.Node,
+    value: torch.Tensor,
+    rules: RuleTable,
+    constants: Mapping[fx.Node, torch.Tensor],
+    stride: int,
+    features: int,
 ) -> Iterator[tuple[fx.Node, torch.Tensor]]:
     """Follows the output through views; yields where it is first cut along features, or first used whole."""
     for user in node.users:
-        view = replay(user, value, rules)
+        view = replay(user, value, rules) if user.target is not aten.index.Tensor else _indexed(user, value, constants)
         if view is None:
             yield node, value
         elif isinstance(view, torch.Tensor):
             if feature_slice(view, stride, features) == "all":
-                yield from _cuts(user, view, rules, stride, features)
+                yield from _cuts(user, view, rules, constants, stride, features)
             else:
                 yield user, view
         else:  # split, chunk, unbind: a tuple whose parts are picked by getitem
             for pick in user.users:
                 part = view[pick.args[1]]
                 if feature_slice(part, stride, features) == "all":
-                    yield from _cuts(pick, part, rules, stride, features)
+                    yield from _cuts(pick, part, rules, constants, stride, features)
                 else:
                     yield pick, part
+
+
+def _indexed(node: fx.Node, value: torch.Tensor, constants: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    """The view that ``value[..., index, :]`` is for a constant index in one run (Falcon's ``[-2]``), else None."""
+    args: Any = node.args
+    axes = [a for a, index in enumerate(args[1]) if index is not None]
+    index = constants.get(strip(args[1][axes[0]])) if len(axes) == 1 else None
+    if index is None or index.is_meta or index.dtype != torch.int64 or index.dim() != 1 or not index.numel():
+        return None
+    (axis,) = axes
+    places = (index % value.shape[axis]).tolist()
+    if places != list(range(places[0], places[0] + len(places))):
+        return None
+    return value.narrow(axis, places[0], len(places))
 
 
 def _size(part: Slice, features: int) -> int:
@@ -117,27 +189,28 @@ def _overlap(parts: dict[Slice, list], features: int) -> bool:
 
 
 def _rewrite(
-    node: fx.Node, module: fx.GraphModule, parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]]
+    layer: _Layer, module: fx.GraphModule, parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]]
 ) -> list[fx.Node]:
     graph = module.graph
-    _, args = arguments(node, module)
-    weight, out_axis, axis = LAYERS[node.target]
+    node, axis = layer.node, layer.axis
     shape = shape_of(node)
-    axis %= len(shape)
     made = []
     for part, holders in parts.items():
         width = _size(part, shape[axis])
-        with graph.inserting_before(node):
-            swapped = {args[weight]: _take(graph, args[weight], out_axis, part)}
-            bias = args.get(BIASES.get(node.target, "bias"))
-            if isinstance(bias, fx.Node):
-                swapped[bias] = _take(graph, bias, 0, part)
-            layer = _copy(graph, node, swapped)
-        layer.meta["val"] = node.meta["val"].new_empty([*shape[:axis], width, *shape[axis + 1 :]])
-        made.append(layer)
+        with graph.inserting_before(layer.output):
+            swapped = {layer.weight: _take(graph, layer.weight, layer.weight_axis, part)}
+            if layer.bias is not None:
+                swapped[layer.bias] = _take_bias(graph, layer.bias, part)
+            smaller = _copy(graph, node, swapped)
+            made.append(smaller)
+            smaller.meta["val"] = node.meta["val"].new_empty([*shape[:axis], width, *shape[axis + 1 :]])
+            if layer.output is not node:
+                swapped[node] = smaller
+                smaller = _copy(graph, layer.output, swapped)
+                smaller.meta["val"] = made[-1].meta["val"]
         for holder, view in holders:
-            with graph.inserting_after(layer):
-                _rebuild(graph, layer, holder, view, part, shape, axis)
+            with graph.inserting_after(smaller):
+                _rebuild(graph, smaller, holder, view, part, shape, axis)
     graph.eliminate_dead_code()
     return made
 
@@ -151,6 +224,17 @@ def _take(graph: fx.Graph, weight: fx.Node, axis: int, part: Slice) -> fx.Node:
     taken.meta = dict(weight.meta)
     taken.meta["val"] = take_slice(weight.meta["val"], axis, part.start, part.stop, part.period)
     return taken
+
+
+def _take_bias(graph: fx.Graph, bias: fx.Node, part: Slice) -> fx.Node:
+    """The slice of a bias along its last axis; of rows that are looked up, rows of the table's slice."""
+    if not is_call(bias, aten.index.Tensor):
+        return _take(graph, bias, len(shape_of(bias)) - 1, part)
+    whole: Any = bias.args[0]
+    taken = _take(graph, whole, len(shape_of(whole)) - 1, part)
+    rows = _copy(graph, bias, {whole: taken})
+    rows.meta["val"] = take_slice(bias.meta["val"], len(shape_of(bias)) - 1, part.start, part.stop, part.period)
+    return rows
 
 
 def _rebuild(

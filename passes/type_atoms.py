@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -15,11 +16,12 @@ from modnorm_fx import weight_atoms
 from modnorm_fx.atoms import Atom, Scalar, Slice, Table
 from modnorm_fx.capture import where
 from modnorm_fx.errors import WeightError
-from modnorm_fx.rules import Operand, RuleTable, arguments
+from modnorm_fx.rules import AtomFunction, Operand, RuleTable, arguments, operands
+from modnorm_fx.slices import take_slice
 from modnorm_fx.weight_atoms import Site
 
-from .bind_weights import WeightUse, resolve
-from .canonicalize import CASTS, aten
+from .bind_weights import Affine, WeightUse, resolve
+from .canonicalize import CASTS, aten, is_call
 from .flow import Flow
 
 #: what logits pass through on the way to the softmax
@@ -27,7 +29,7 @@ TO_SOFTMAX = CASTS | {
     aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.view.default, aten._unsafe_view.default, aten.expand.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.slice.Tensor,
-    aten.tanh.default, aten.constant_pad_nd.default,
+    aten.tanh.default, aten.constant_pad_nd.default, aten.embedding.default,
 }  # fmt: skip
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 
@@ -41,6 +43,7 @@ class Weight:
         parameter, slices, shape: what it is a part of, and its own shape.
         uses: (node, operand, atom) in graph order.
         sampled: whether a use has no rule, so that its atom is only ``Scalar`` and its gain an estimate.
+        affine: for each use, the map ``shift + factor·w`` between what is stored and what is used.
     """
 
     key: str
@@ -49,6 +52,7 @@ class Weight:
     shape: tuple[int, ...]
     uses: tuple[tuple[fx.Node, Operand, Atom], ...]
     sampled: bool = False
+    affine: tuple[Affine, ...] = ()
 
 
 def type_atoms(
@@ -71,13 +75,25 @@ def type_atoms(
         key, args = arguments(use.node, module)
         rule = rules.get(key)
         site = Site(
-            use.node, args, use.shape, use.view, use.through, axes.get(use.node, frozenset()), _feeds_softmax(use.node)
+            use.node,
+            args,
+            use.shape,
+            use.view,
+            use.through,
+            axes.get(use.node, frozenset()),
+            logits=feeds_softmax(use.node),
+            rate=_feeds_softplus(use.node, module, rules),
+            index=use.operand[1],
         )
         sampled = False
         try:
             if rule is None:
                 raise WeightError(f"there is no rule for {use.node.target}")
-            atom = rule.weights.get(use.operand[0], weight_atoms.source)(site)
+            roles = args["region"].facts["weights"] if key == "computed_weight" else rule.weights
+            role = roles.get(use.operand[0], weight_atoms.source)
+            if role is weight_atoms.joined:
+                role = _role_of_joined(use.node, module, rules) or role
+            atom = role(site)
         except WeightError as error:
             sampled = unknown == "sample"
             atom = Scalar(use.shape)
@@ -93,7 +109,10 @@ def type_atoms(
         if known is None:
             known = Weight(_name(use, shapes[use.parameter]), use.parameter, use.slices, use.shape, ())
         weights[identity] = replace(
-            known, uses=known.uses + ((use.node, use.operand, atom),), sampled=known.sampled or sampled
+            known,
+            uses=known.uses + ((use.node, use.operand, atom),),
+            sampled=known.sampled or sampled,
+            affine=known.affine + (use.affine,),
         )
     by_parameter: dict[str, list[Weight]] = {}
     for weight in weights.values():
@@ -114,6 +133,23 @@ def type_atoms(
     return tuple(found)
 
 
+def _role_of_joined(node: fx.Node, module: fx.GraphModule, rules: RuleTable) -> AtomFunction | None:
+    """The role of vectors joined to a bias or a gain of one layer (q, none for k, and v): a layer's, if all users give
+    it the same."""
+    found: set[AtomFunction | None] = set()
+    for user in node.users:
+        key, args = arguments(user, module) if user.op != "output" else (None, {})
+        row = rules.get(key)
+        if key is take_slice or key in CASTS or (row is not None and row.view):
+            found.add(_role_of_joined(user, module, rules))
+        elif row is not None:
+            found |= {row.weights.get(op[0]) for op, n in operands(args) if n is node}
+        else:
+            found.add(None)
+    (role,) = found if len(found) == 1 else (None,)
+    return role if role in (weight_atoms.bias, weight_atoms.gain) else None
+
+
 def _name(use: WeightUse, shape: tuple[int, ...]) -> str:
     """The parameter's name with its slices in Python notation."""
     text, sizes = use.parameter, list(shape)
@@ -123,7 +159,7 @@ def _name(use: WeightUse, shape: tuple[int, ...]) -> str:
     return text
 
 
-def _feeds_softmax(node: fx.Node, depth: int = 12) -> bool:
+def feeds_softmax(node: fx.Node, depth: int = 12) -> bool:
     """Whether the value ends in attention weights: a softmax reached through sums, masks and views, or an attention
     mask."""
     if node.target in SOFTMAX:
@@ -135,9 +171,37 @@ def _feeds_softmax(node: fx.Node, depth: int = 12) -> bool:
             node in user.args[3:4] or user.kwargs.get("attn_mask") is node
         ):
             return True
-        if _feeds_softmax(user, depth - 1):
+        if user.op == "call_module" and str(user.target).startswith("attention") and node in user.args[3:]:
+            return True  # a bias of attention that was written out
+        if feeds_softmax(user, depth - 1):
             return True
     return False
+
+
+def _feeds_softplus(node: fx.Node, module: fx.GraphModule, rules: RuleTable) -> bool:
+    """Whether the value goes to a softplus, by itself or at the start of a longer function, through views."""
+    for user in node.users:
+        if user.op == "call_module":
+            body: Any = getattr(module.get_submodule(str(user.target)), "body", None)
+            if body is not None and _starts_with_softplus(next(iter(body.graph.nodes))):
+                return True
+        elif is_call(user, aten.softplus.default):
+            return True
+        elif is_call(user, *CASTS) or (user.target in rules and rules[user.target].view):
+            if _feeds_softplus(user, module, rules):
+                return True
+    return False
+
+
+def _starts_with_softplus(start: fx.Node) -> bool:
+    """Softplus of a region's input, or ``log(1 + exp(x))``."""
+    if any(is_call(n, aten.softplus.default) for n in start.users):
+        return True
+    exps = [n for n in start.users if is_call(n, aten.exp.default)]
+    sums = [n for e in exps for n in e.users if is_call(n, aten.add.Tensor, aten.add.Scalar)]
+    return any(is_call(n, aten.log.default) for s in sums for n in s.users) or any(
+        is_call(n, aten.log1p.default) for e in exps for n in e.users
+    )
 
 
 def _whole_tables(parts: list[Weight], shape: tuple[int, ...]) -> list[Weight]:
@@ -155,7 +219,8 @@ def _whole_tables(parts: list[Weight], shape: tuple[int, ...]) -> list[Weight]:
     whole = Table(shape, feature_axes=axes)
     uses = tuple((node, operand, whole) for w in parts for node, operand, _ in w.uses)
     name = parts[0].parameter
-    return [Weight(name, name, (), shape, uses, any(w.sampled for w in parts))]
+    affine = tuple(a for w in parts for a in w.affine)
+    return [Weight(name, name, (), shape, uses, any(w.sampled for w in parts), affine)]
 
 
 def _overlaps(parts: list[Weight]) -> list[str]:

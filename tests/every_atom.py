@@ -92,6 +92,10 @@ def pieces(atom: A.Atom, w: Tensor) -> list[float]:
                     tap = group[:, :, t].T if atom.transposed else group[:, :, t]
                     found.append(taps.shape[2] * math.sqrt(tap.shape[1] / tap.shape[0]) * sigma(tap))
             return found
+        case A.Gates():
+            return [math.sqrt(m.shape[1] / m.shape[0]) * sigma(m) for m in np.split(x, atom.gates)]
+        case A.GateBias():
+            return [float(np.sqrt((b**2).mean())) for b in np.split(x, atom.gates)]
         case A.Embedding():
             return list(np.sqrt((x**2).mean(1)))
         case A.Table():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from modnorm_fx.conventions import TRACKED, Convention
+from modnorm_fx.quadrature import Sign
 from modnorm_fx.rules import Call, Operand, arguments, operands
 
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
@@ -22,23 +23,32 @@ torch.set_num_threads(1)  # small tensors: more threads only wait for each other
 
 @dataclass(frozen=True, eq=False)
 class T:
-    """An activation. draw: gauss | sign (entries ±scale) | rows (last axis of RMS exactly scale) | constant | pairs."""
+    """An activation. draw: gauss | sign (entries ±scale) | rows (last axis of RMS exactly scale) | constant |
+    positive | pairs | complex (size of the modulus)."""
 
     shape: tuple[int, ...]
     scale: float = 1.0
     draw: str = "gauss"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.complex128 if self.draw == "complex" else torch.float64
 
     def start(self, g: torch.Generator) -> Tensor:
         return self.sample(g)
 
     def sample(self, g: torch.Generator) -> Tensor:
         x = torch.randn(self.shape, generator=g, dtype=torch.float64)
+        if self.draw == "complex":
+            return self.scale * torch.randn(self.shape, generator=g, dtype=torch.complex128)
         if self.draw == "sign":
             return self.scale * x.sign()
         if self.draw == "rows":
             return self.scale * x / x.square().mean(-1, keepdim=True).sqrt()
         if self.draw == "constant":
             return torch.full(self.shape, self.scale, dtype=torch.float64)
+        if self.draw == "positive":
+            return self.scale * x.abs()
         if self.draw == "pairs":  # as many positive entries as negative ones, of the same sizes
             half = x.flatten()[: x.numel() // 2].abs()
             return self.scale * torch.cat([half, -half]).reshape(self.shape) / half.square().mean().sqrt()
@@ -59,6 +69,8 @@ class W:
     groups: int = 1
     same_taps: bool = False
 
+    dtype = torch.float64
+
     @property
     def scale(self) -> float:
         """The norm it is declared to have: biases start at zero."""
@@ -74,6 +86,11 @@ class W:
             return math.sqrt(out / into) * _orthogonal(g, out, into)
         if self.kind == "linear_t":
             return W("linear", self.shape[::-1]).sample(g).T
+        if self.kind == "bilinear":
+            return W("linear", (self.shape[0], math.prod(self.shape[1:]))).sample(g).reshape(self.shape)
+        if self.kind == "gates":
+            piece = (self.shape[0] // self.groups, *self.shape[1:])
+            return torch.cat([W("linear", piece).sample(g) for _ in range(self.groups)])
         if self.kind == "experts_t":
             return torch.stack([W("linear_t", self.shape[1:]).sample(g) for _ in range(self.shape[0])])
         if self.kind in ("conv", "conv_t"):
@@ -116,12 +133,21 @@ class Example:
     check: str = ""
     scale: bool = True
     features: frozenset[int] = frozenset({-1})
-    averages: tuple[int, ...] = ()
+    averages: tuple[int | tuple[int, int], ...] = ()
     run: Callable[..., Any] | None = None
 
 
 def first(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple | list) else value
+
+
+def sizes(value: Tensor) -> Tensor:
+    """Entries, or moduli."""
+    return value.abs() if value.is_complex() else value
+
+
+def real(value: Tensor) -> Tensor:
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def build(op: Any, example: Example, convention: Convention = TRACKED) -> tuple[Call, dict[fx.Node, T | W]]:
@@ -135,7 +161,7 @@ def build(op: Any, example: Example, convention: Convention = TRACKED) -> tuple[
             return value
         n = graph.placeholder(f"x{len(list(graph.nodes))}")
         n.meta["val"] = (
-            value if isinstance(value, Tensor) else torch.empty(value.shape, dtype=torch.float64, device="meta")
+            value if isinstance(value, Tensor) else torch.empty(value.shape, dtype=value.dtype, device="meta")
         )
         if not isinstance(value, Tensor):
             specs[n] = value
@@ -148,13 +174,18 @@ def build(op: Any, example: Example, convention: Convention = TRACKED) -> tuple[
     call.meta["val"] = (example.run or op)(*_filled(args, values), **example.kwargs)
     rank = first(call.meta["val"]).dim()
     key, named = arguments(call, nn.Module())
-    weights = frozenset(o[0] for o, n in operands(named) if isinstance(specs.get(n), W))
+    weights = frozenset(o for o, n in operands(named) if isinstance(specs.get(n), W))
     features = {call: frozenset(a % rank for a in example.features if rank)}
-    averages = frozenset(args[i] for i in example.averages)
-    scales = {n: spec.scale if convention.tracks_scales else 1.0 for n, spec in specs.items()} | dict.fromkeys(
-        averages, 1.0
+    averages = frozenset(args[i[0]][i[1]] if isinstance(i, tuple) else args[i] for i in example.averages)
+    constants = {n for _, n in operands(named) if n not in specs and n.meta["val"].is_floating_point()}
+    measured = {n: float(n.meta["val"].square().mean().sqrt()) if convention.tracks_scales else 1.0 for n in constants}
+    scales = (
+        measured
+        | {n: spec.scale if convention.tracks_scales else 1.0 for n, spec in specs.items()}
+        | dict.fromkeys(averages, 1.0)
     )
-    return Call(call, named, scales, features, convention, weights, averages), specs
+    signs = {n: Sign.POSITIVE for n, spec in specs.items() if isinstance(spec, T) and spec.draw == "positive"}
+    return Call(call, named, scales, features, convention, weights, averages, signs), specs
 
 
 def _filled(args: Any, values: dict[fx.Node, Tensor]) -> Any:
@@ -183,19 +214,24 @@ def measure(
     for draw in range(20 * draws):  # outputs are cheaper than Jacobians
         values = {n: spec.start(g) for n, spec in specs.items()}
         if draw >= draws or not wanted:
-            squares.append(float(first(run(*_filled(call.node.args, values), **call.node.kwargs)).square().mean()))
+            squares.append(
+                float(sizes(first(run(*_filled(call.node.args, values), **call.node.kwargs))).square().mean())
+            )
             continue
         for _, n in wanted:
             values[n].requires_grad_()
         y = first(run(*_filled(call.node.args, values), **call.node.kwargs))
-        squares.append(float(y.detach().square().mean()))
-        flat, sources = y.reshape(-1), [values[n] for _, n in wanted]
+        squares.append(float(sizes(y.detach()).square().mean()))
+        flat, sources = real(y).reshape(-1), [values[n] for _, n in wanted]
         unit = torch.eye(flat.numel(), dtype=flat.dtype)
         rows = [torch.autograd.grad(flat, sources, e, retain_graph=True, allow_unused=True) for e in unit]
         for at, (o, n) in enumerate(wanted):
             zero = torch.zeros_like(values[n])
             jacobian = torch.stack([(row[at] if row[at] is not None else zero).reshape(-1) for row in rows])
-            n_y, n_x = jacobian.shape
+            n_x = jacobian.shape[1]
+            n_y = y.numel()
+            if jacobian.is_complex():  # a change whose modulus has RMS 1: each part has 1/√2
+                jacobian = torch.view_as_real(jacobian).flatten(1) / math.sqrt(2)
             m = found[o]
             m.each.append(math.sqrt(float(jacobian.square().sum()) / n_y))
             m.bound = max(m.bound, float(torch.linalg.matrix_norm(jacobian, 2)) * math.sqrt(n_x / n_y))

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from modnorm_fx.passes.bind_weights import bind_weights
+from modnorm_fx.passes.computed_weights import computed_weights, parts_of_joined
 from modnorm_fx.passes.feature_axes import feature_axes
 from modnorm_fx.passes.flow import Flow, classify_flow
 from modnorm_fx.passes.fuse_pointwise import fuse_pointwise
+from modnorm_fx.passes.measure_constants import made_of_numbers
 from modnorm_fx.passes.recognize_attention import recognize_attention
+from modnorm_fx.passes.recognize_averages import recognize_averages
 from modnorm_fx.passes.recognize_norms import recognize_norms
 from modnorm_fx.passes.recognize_rotary import recognize_rotary
+from modnorm_fx.passes.recognize_shares import recognize_shares
 from modnorm_fx.passes.split_packed import split_packed
 from modnorm_fx.passes.type_atoms import Weight, type_atoms
 from torch import Tensor, fx, nn
@@ -26,7 +30,7 @@ from modnorm_fx.rules import RuleTable
 torch.set_num_threads(1)
 
 #: the rewriting passes, in the pipeline's order
-REWRITES = ("norms", "rotary", "attention", "pointwise", "packed")
+REWRITES = ("computed", "norms", "rotary", "attention", "averages", "shares", "pointwise", "packed", "joined")
 
 
 class Fn(nn.Module):
@@ -80,11 +84,20 @@ class Staged:
     def rewrite(self, *names: str) -> dict[str, int]:
         """Runs rewriting passes and says how often each fired."""
         run = {
+            "computed": lambda: computed_weights(
+                self.module,
+                self.captured.inputs,
+                made_of_numbers(self.captured.inputs, self.captured.constants),
+                rules=self.rules,
+            ),
             "norms": lambda: recognize_norms(self.module),
             "rotary": lambda: recognize_rotary(self.module, self.flow()),
             "attention": lambda: recognize_attention(self.module, self.flow()),
+            "averages": lambda: recognize_averages(self.module, self.flow()),
+            "shares": lambda: recognize_shares(self.module, self.flow()),
             "pointwise": lambda: fuse_pointwise(self.module, self.flow(), rules=self.rules),
             "packed": lambda: split_packed(self.module, self.flow(), rules=self.rules),
+            "joined": lambda: parts_of_joined(self.module, rules=self.rules),
         }
         counts = {name: int(run[name]()) for name in names}
         self.module.graph.lint()

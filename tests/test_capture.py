@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from tiny_models import IDS, MODELS, Caching, Constants, Plain, Tied, X, assert_same_outputs, only_route
+from tiny_models import IDS, MODELS, Branching, Caching, Constants, Plain, Tied, X, assert_same_outputs, only_route
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from modnorm_fx import _copies, _failures, _trace
 from modnorm_fx.capture import Captured, capture, where
 from modnorm_fx.errors import CaptureError, ModelMismatchError, WeightError
 
@@ -227,7 +228,185 @@ def test_the_mode_that_reaches_more_parameters_wins() -> None:
     assert (captured.route, captured.unused) == ("export(train)", ())
 
 
+# --- what people write ------------------------------------------------------------------------------------------------
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+@torch.library.custom_op("modnorm_fx_tests::without_fake", mutates_args=())
+def without_fake(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@torch.library.custom_op("modnorm_fx_tests::with_fake", mutates_args=())
+def with_fake(x: Tensor) -> Tensor:
+    return x * 2
+
+
+with_fake.register_fake(torch.empty_like)
+
+
+class Around(nn.Module):
+    """Two linear maps around a function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+def plain(x: Tensor) -> Tensor:
+    return x.tanh()
+
+
+@pytest.mark.parametrize(
+    "function, route",
+    [
+        (Double.apply, "export(eval)"),
+        (lambda x: with_fake(x), "export(eval)"),
+        (lambda x: without_fake(x), "make_fx(eval)"),
+    ],
+)
+def test_functions_of_the_users_own(function: Any, route: str) -> None:
+    model = Around(function)
+    captured = capture(model, (X,))
+    assert (captured.route, captured.unused) == (route, ())
+    assert_same_outputs(captured, model, (X,), {})
+
+
+def test_operators_that_a_module_holds_need_no_copy() -> None:
+    for operator in (with_fake, torch.ops.aten.tanh, torch.ops.aten.tanh.default):
+        assert capture(Around(operator), (X,)).unused == ()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_scripts_are_refused() -> None:
+    for script in (torch.jit.script(nn.Linear(4, 4)), torch.jit.trace(nn.Linear(4, 4), X)):
+        with pytest.raises(CaptureError, match="convert the Python model that it was made from"):
+            capture(script, (X,))
+
+
+def compiled_in_place() -> nn.Module:
+    model = Around(plain)
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.compile(Around(plain)),
+        compiled_in_place,
+        lambda: nn.Sequential(nn.Linear(4, 4), torch.compile(nn.Linear(4, 4))),
+        lambda: nn.DataParallel(Around(plain)),
+        lambda: nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4))),
+    ],
+    ids=["compile", "Module.compile", "a part compiled", "DataParallel", "a part scripted"],
+)
+def test_wrapped_models(make: Any) -> None:
+    model = make()
+    captured = capture(model, (X,))
+    assert captured.unused == ()
+    (got,) = captured(model, X)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(got, model(X))
+
+
+def test_dropout_that_is_off_returns_its_input_and_is_written_into() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            self.drop(y).mul_(3)
+            return y + 1
+
+    captured, model = capture(Writes(), (X,)), Writes()
+    assert captured.route == "export(eval)"
+    assert_same_outputs(captured, model, (X,), {})
+
+
+class Detector(nn.Module):
+    """Takes images of different sizes; in training returns losses, in evaluation the boxes above a threshold: none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        scores = [self.head(self.body(image).relu()) for image in images]
+        if not self.training:
+            return [{"boxes": s[s.max(-1).values > 1e9]} for s in scores]
+        assert targets is not None, "targets in training"
+        wanted = [torch.where(target["labels"] >= 0)[0] for target in targets]
+        return {"loss": sum((s[:, 0][w] - 1).square().sum() for s, w in zip(scores, wanted, strict=True))}
+
+
+def test_models_that_return_something_only_in_training() -> None:
+    images = [X, torch.randn(3, 4)]
+    targets = [{"labels": torch.tensor([1, -1])}, {"labels": torch.tensor([1, 2, -1])}]
+    captured = capture(Detector(), (images, targets))
+    assert (captured.route, captured.outputs, captured.unused) == ("make_fx(train)", ("loss",), ())
+    model = Detector()
+    (loss,) = captured(model, images, targets)
+    torch.testing.assert_close(loss, model.train()(images, targets)["loss"])
+
+
+def test_models_that_find_nothing_say_so() -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(Detector(), ([X],))
+    assert "make_fx(eval): every floating-point output is empty on these inputs" in caught.value.why
+    assert "AssertionError: targets in training" in caught.value.why
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_failures_of_the_routes_name_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (_copies, _failures, _trace):
+        monkeypatch.setattr(module, "MAX_REAL_BYTES", 0)
+    with pytest.raises(CaptureError) as caught:
+        capture(Branching(), (X,))
+    assert "export(eval), export(train): GuardOnDataDependentSymNode" in caught.value.why
+    assert "tiny_models.py:" in caught.value.why and "        at " in caught.value.why
+    assert "fewer or narrower layers" in caught.value.do
+    with pytest.raises(CaptureError) as caught:
+        capture(Around(without_fake), (X,))
+    assert "give the operator modnorm_fx_tests::without_fake a fake kernel" in caught.value.do
+
+
+def test_operators_without_a_kernel() -> None:
+    library = torch.library.Library("modnorm_fx_tests", "FRAGMENT")
+    library.define("no_kernel(Tensor x) -> Tensor")
+    with pytest.raises(CaptureError) as caught:
+        capture(Around(torch.ops.modnorm_fx_tests.no_kernel), (X,))
+    assert "modnorm_fx_tests::no_kernel cannot run here" in caught.value.do
+    assert "convert a part of the model (model.first, model.second)" in caught.value.do
+
+
+def test_modules_without_a_forward() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Linear(4, 4)
+
+    for inputs in ((X,), None):
+        with pytest.raises(CaptureError, match="Holder has no forward method") as caught:
+            capture(Holder(), inputs)
+        assert caught.value.do == "convert a part of the model (model.part)"
 
 
 def test_the_models_own_error() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from modnorm_fx.models_zoo import build
 
-from modnorm_fx import ModularNorm, __version__, cli, convert, report
+from modnorm_fx import ModularNorm, __version__, cli, commands, convert, report
 
 TINY = ["--layers", "2", "--width", "16"]
 TINY_GPT = ["zoo:gpt", *TINY, "--context", "16"]
@@ -206,7 +206,7 @@ def test_a_defect_is_one_message_and_a_traceback_only_on_request(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("wires crossed")
 
-    monkeypatch.setattr(cli, "build", fail)
+    monkeypatch.setattr(commands, "build", fail)
     code, out, err = run(capsys, "inspect", "zoo:gpt")
     assert (code, out) == (1, "")
     assert err.startswith("modnorm-fx: error: RuntimeError: wires crossed\n") and "--debug" in err

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from modnorm_fx import _copies
-from modnorm_fx import capture as capture_module
+from modnorm_fx import _copies, _failures, _trace
 from modnorm_fx.capture import capture
 from modnorm_fx.errors import CaptureError
 from modnorm_fx.inputs import example_inputs
@@ -164,14 +163,15 @@ def test_a_model_larger_than_memory() -> None:
 
 
 def test_a_large_model_that_needs_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "MAX_REAL_BYTES", 0)
-    monkeypatch.setattr(_copies, "MAX_REAL_BYTES", 0)
+    for module in (_copies, _failures, _trace):
+        monkeypatch.setattr(module, "MAX_REAL_BYTES", 0)
     with pytest.raises(CaptureError) as caught:
         capture(Branching(), (X,))
     text = str(caught.value)
     assert text.startswith("Branching could not be traced to a graph.")
-    for route in ("export(eval): ", "export(train): ", "make_fx(eval): a copy with values takes"):
-        assert f"\n    {route}" in text
+    for routes in ("export(eval), export(train): ", "make_fx(eval), make_fx(train): a copy with values takes"):
+        assert f"\n    {routes}" in text
+    assert text.endswith("or move what branches on values out of forward")
     assert caught.value.__cause__ is not None
 
 

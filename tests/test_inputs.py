@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from torch import Tensor, nn
 
+from modnorm_fx.capture import capture
 from modnorm_fx.errors import CaptureError
 from modnorm_fx.inputs import example_inputs, input_names, without_cache
 
@@ -117,3 +118,155 @@ def test_the_cache_is_only_switched_off_where_there_is_one() -> None:
     assert without_cache(tiny_models.gpt2(), {"use_cache": True}) == {"use_cache": False}
     assert without_cache(tiny_models.vit(), {}) == {}
     assert without_cache(Pair(), {}) == {}
+
+
+# --- parts that only further arguments reach --------------------------------------------------------------------------
+
+
+def shapes(model: nn.Module, unused: str = "nothing") -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs, which reach every parameter but those of the part that is named."""
+    _, kwargs = example_inputs(model)
+    captured = capture(model, None, kwargs)
+    assert all(name.startswith(unused) for name in captured.unused)
+    return {name: tuple(value.shape) for name, value in kwargs.items()}
+
+
+def test_time_series_reach_back_to_the_longest_lag() -> None:
+    transformers = tiny_models.transformers
+    config = transformers.TimeSeriesTransformerConfig(
+        prediction_length=4,
+        context_length=6,
+        lags_sequence=[1, 3],
+        num_time_features=2,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+    )
+    assert shapes(transformers.TimeSeriesTransformerModel(config)) == {
+        "past_values": (2, 9),
+        "past_time_features": (2, 9, 2),
+        "past_observed_mask": (2, 9),
+        "future_values": (2, 4),
+        "future_time_features": (2, 4, 2),
+    }
+
+
+def test_a_decoder_is_given_what_its_cross_attention_attends_to() -> None:
+    transformers = tiny_models.transformers
+    config = transformers.TrOCRConfig(
+        vocab_size=99,
+        d_model=8,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=8,
+        cross_attention_hidden_size=6,
+    )
+    assert shapes(transformers.TrOCRForCausalLM(config)) == {"input_ids": (2, 16), "encoder_hidden_states": (2, 16, 6)}
+
+
+def test_entities_beside_a_text() -> None:
+    transformers = tiny_models.transformers
+    config = transformers.LukeConfig(
+        vocab_size=99,
+        entity_vocab_size=9,
+        hidden_size=8,
+        entity_emb_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=40,
+        bos_token_id=0,
+        pad_token_id=1,
+        eos_token_id=2,
+    )
+    assert shapes(transformers.LukeForMaskedLM(config), "luke.pooler") == {
+        "input_ids": (2, 16),
+        "entity_ids": (2, 6),
+        "entity_position_ids": (2, 6, 30),
+    }
+
+
+def test_regions_that_the_configuration_asks_for() -> None:
+    transformers = tiny_models.transformers
+    config = transformers.LxmertConfig(
+        vocab_size=99,
+        hidden_size=8,
+        num_attention_heads=2,
+        intermediate_size=8,
+        l_layers=1,
+        x_layers=1,
+        r_layers=1,
+        visual_feat_dim=5,
+        visual_pos_dim=4,
+    )
+    _, kwargs = example_inputs(transformers.LxmertModel(config))
+    assert {name: tuple(value.shape) for name, value in kwargs.items()} == {
+        "input_ids": (2, 16),
+        "visual_feats": (2, 6, 5),
+        "visual_pos": (2, 6, 4),
+    }
+
+
+def test_codecs_take_an_axis_of_channels() -> None:
+    transformers = tiny_models.transformers
+    config = transformers.DacConfig(
+        encoder_hidden_size=4,
+        decoder_hidden_size=16,
+        downsampling_ratios=[2, 2],
+        upsampling_ratios=[2, 2],
+        hidden_size=16,
+    )
+    _, kwargs = example_inputs(transformers.DacModel(config))
+    assert {name: tuple(value.shape) for name, value in kwargs.items()} == {"input_values": (2, 1, 3840)}
+
+
+def test_pairs_of_arguments_are_dropped_where_they_add_nothing() -> None:
+    """token_type_ids have a maker and are known to BERT, whose parameters are all reached without them."""
+    assert list(example_inputs(tiny_models.bert())[1]) == ["input_ids"]
+
+
+def test_images_and_sound_in_one_text() -> None:
+    """Both towers are reached; the text holds as many tokens of each kind as there are features."""
+
+    class Config:
+        model_type, image_token_id, audio_token_id, hidden_size = "both", 7, 8, 4
+        image_size, num_channels, num_mel_bins, vocab_size = 6, 3, 5, 20
+
+        def to_dict(self) -> dict[str, int]:
+            return {"image_token_id": 7, "audio_token_id": 8}
+
+    class Both(nn.Module):
+        main_input_name = "input_ids"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Config()
+            self.embed, self.image, self.audio = nn.Embedding(20, 4), nn.Conv2d(3, 4, 3, 3), nn.Linear(5, 4)
+
+        def get_image_features(self, pixel_values: Tensor) -> Tensor:
+            return self.image(pixel_values).flatten(2).transpose(1, 2)
+
+        def get_audio_features(self, input_features: Tensor) -> Tensor:
+            return self.audio(input_features)
+
+        def forward(
+            self, input_ids: Tensor, pixel_values: Tensor | None = None, input_features: Tensor | None = None
+        ) -> Tensor:
+            x = self.embed(input_ids)
+            for token, value, features in (
+                (7, pixel_values, self.get_image_features),
+                (8, input_features, self.get_audio_features),
+            ):
+                if value is not None:
+                    x = x.masked_scatter((input_ids == token)[..., None].expand_as(x), features(value))
+            return x
+
+    _, kwargs = example_inputs(Both())
+    assert {name: tuple(value.shape) for name, value in kwargs.items()} == {
+        "input_ids": (1, 3 + 4 + 3 + 64 + 3),
+        "pixel_values": (1, 3, 6, 6),
+        "input_features": (1, 64, 5),
+    }
+    assert (kwargs["input_ids"] == 7).sum() == 4 and (kwargs["input_ids"] == 8).sum() == 64

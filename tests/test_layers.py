@@ -16,12 +16,28 @@ FOLDERS = {"modnorm_fx": "modnorm_fx", "passes": "modnorm_fx.passes", "models_zo
 # The flow, first to last. A file imports from rows above its own; files of one row may import each other (Python itself
 # refuses circles at import time). A new file needs a place here.
 FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ground", ("errors", "_torchvision", "_copies")),
+    ("ground", ("errors", "_torchvision", "_copies", "_failures", "_outputs")),
     ("tensor arithmetic", ("runtime", "kernels")),
     ("atoms", ("slices", "atom_base", "matrix_atoms", "weight_atoms", "atoms")),
-    ("capture", ("inputs", "capture")),
-    ("rules", ("conventions", "quadrature", "regions", "rules", "layer_rules", "attention_rules", "arithmetic_rules",
-               "shape_rules", "pointwise_rules", "recurrent_rules", "aten_rules")),  # fmt: skip
+    ("capture", ("inputs_hf_values", "inputs_hf", "inputs", "_composites", "_trace", "capture")),
+    (
+        "rules",
+        (
+            "conventions",
+            "quadrature",
+            "regions",
+            "rules",
+            "layer_rules",
+            "attention_rules",
+            "arithmetic_rules",
+            "product_rules",
+            "reduction_rules",
+            "shape_rules",
+            "pointwise_rules",
+            "recurrent_rules",
+            "aten_rules",
+        ),
+    ),  # fmt: skip
     ("tree", ("tree",)),
     ("passes", ("passes",)),
     ("norm", ("explain", "norm", "norm_json")),
@@ -32,6 +48,7 @@ FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("torch.compile backend", ("compile",)),
     ("package", ("__init__",)),
     ("models and data", ("models_zoo",)),
+    ("commands", ("commands",)),
     ("command line", ("cli", "__main__")),
 )
 ROW = {file: row for row, (_, files) in enumerate(FLOW) for file in files}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 import socket
 import sys
 from pathlib import Path
@@ -169,6 +171,76 @@ def test_tiny_models_are_tiny_and_run(name: str) -> None:
     more = {"decoder_input_ids": tokens} if name == "t5" else {}
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=tokens, **more).logits).all()
+
+
+# architectures whose numbers must fit together in ways of their own
+INTRICATE = {
+    "align": {"pixel_values": (2, 3, 128, 128), "input_ids": (2, 8)},
+    "blt": {"input_ids": (2, 8)},
+    "d_fine": {"pixel_values": (1, 3, 64, 64)},
+    "dbrx": {"input_ids": (2, 8)},
+    "deepseek_v2": {"input_ids": (2, 8)},
+    "depth_anything": {"pixel_values": (1, 3, 56, 56)},
+    "efficientnet": {"pixel_values": (2, 3, 64, 64)},
+    "encodec": {"input_values": (2, 1, 3840)},
+    "glm4v": {"input_ids": (2, 8)},
+    "hgnet_v2": {"pixel_values": (2, 3, 64, 64)},
+    "mask2former": {"pixel_values": (1, 3, 64, 64)},
+    "mpnet": {"input_ids": (2, 8)},
+    "sam2": {"pixel_values": (1, 3, 128, 128)},
+    "superglue": {"pixel_values": (1, 2, 3, 64, 64)},
+    "upernet": {"pixel_values": (1, 3, 64, 64)},
+    "zamba2": {"input_ids": (2, 8)},
+}
+
+
+@pytest.mark.parametrize("name", INTRICATE)
+def test_numbers_of_tiny_models_fit_together(name: str) -> None:
+    model = build(f"hf:{name}-tiny").eval()
+    assert sum(p.numel() for p in model.parameters()) < 1_500_000
+    inputs = {
+        argument: torch.randint(4, 100, shape) if argument == "input_ids" else torch.randn(shape)
+        for argument, shape in INTRICATE[name].items()
+    }
+    with torch.no_grad():
+        outputs = [tensor for tensor in model(**inputs).values() if isinstance(tensor, torch.Tensor)]
+    assert outputs and all(torch.isfinite(tensor).all() for tensor in outputs if tensor.is_floating_point())
+
+
+def parameter_kinds(model: nn.Module) -> set[str]:
+    return {re.sub(r"\.\d+(?=\.)", ".N", name) for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bailing_hybrid", "beam", "deepseek_v4", "lfm2_moe", "mllama", "qwen3_next", "qwen3_vl", "recurrent_gemma"]
+    + ["grounding-dino", "electra", "mimi"],
+)
+def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
+    tiny, whole = (build(f"hf:{spec}", device="meta") for spec in (f"{name}-tiny", name))
+    assert parameter_kinds(tiny) == parameter_kinds(whole)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "beam", "dots1", "dbrx"])
+def test_tiny_routers_choose(name: str) -> None:
+    config = build(f"hf:{name}-tiny", device="meta").config
+    config = getattr(config, "ffn_config", config)
+    chosen = getattr(config, "num_experts_per_tok", None) or config.moe_top_k
+    experts = [getattr(config, field, None) for field in ("num_experts", "num_local_experts", "n_routed_experts")]
+    assert 0 < chosen < max(count or 0 for count in [*experts, getattr(config, "moe_num_experts", 0)])
+
+
+def test_a_tiny_model_takes_sizes_that_its_class_derives_lists_from() -> None:
+    config = build("hf:qwen3_next-tiny", layers=4, width=128, device="meta").config
+    assert len(config.layer_types) == config.num_hidden_layers == 4 and len(set(config.layer_types)) == 2
+    assert config.hidden_size == 128
+
+
+def test_a_missing_library_is_named() -> None:
+    if importlib.util.find_spec("natten"):
+        pytest.skip("it is installed")
+    with pytest.raises(ModnormError, match="requires the natten library"):
+        build("hf:dinat-tiny")
 
 
 def test_timm_by_name_and_size() -> None:

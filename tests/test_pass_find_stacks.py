@@ -57,6 +57,36 @@ def test_a_sequential_of_blocks_is_a_stack():
     assert places(Net(3, nn.Sequential))["blocks.2.down.weight"] == ["stacks:blocks:blocks.2"]
 
 
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.Sequential])
+def test_one_block_is_a_stack_of_one_in_either_container(container):
+    found = places(Net(1, container))
+    assert found["blocks.0.up.weight"] == ["stacks:blocks:blocks.0"] and found["head.weight"] == ["head"]
+
+
+def test_equal_layers_beside_a_stack_of_blocks_are_no_stack():
+    """The MLP that predicts DETR's boxes is a head."""
+
+    class Boxes(Net):
+        def __init__(self):
+            super().__init__(2)
+            self.boxes = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)])
+
+        def forward(self, x):
+            x = super().forward(x)
+            for layer in self.boxes:
+                x = torch.relu(layer(x))
+            return x
+
+    found = places(Boxes())
+    assert {found[f"boxes.{i}.weight"][0] for i in range(3)} == {"head"}
+    assert found["blocks.1.up.weight"] == ["stacks:blocks:blocks.1"]
+
+
+def test_one_block_among_other_layers_is_no_stack():
+    model = nn.Sequential(nn.Linear(16, 16), Block(), nn.LayerNorm(16), nn.Linear(16, 4))
+    assert set(map(tuple, places(model).values())) == {("net",)}
+
+
 def test_layers_of_unequal_shapes_are_no_stack():
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4))
     assert set(map(tuple, places(model).values())) == {("net",)}
@@ -144,3 +174,15 @@ def test_a_shared_block_is_in_one_place():
 
 def test_places_compare_by_value():
     assert Place("stacks", "a", "b") == Place("stacks", "a", "b") != Place("stacks", "a", "c")
+
+
+def test_the_layers_of_a_recurrent_net_are_parameters_of_one_module_and_no_stack():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.rnn, self.head = nn.Linear(4, 6), nn.GRU(6, 6, 2, bidirectional=True), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(self.embed(x))[0])
+
+    assert set().union(*places(Net(), torch.randn(5, 2, 4)).values()) == {"net"}

@@ -10,7 +10,7 @@ from op_calls import grid_moments
 from staged import Staged, stage
 from torch import nn
 
-from modnorm_fx import ATEN
+from modnorm_fx import ATEN, convert
 from modnorm_fx.quadrature import gaussian_moments
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
@@ -59,6 +59,39 @@ def test_spellings(name: str):
     if name != "root":
         value, slope = grid_moments(meant, 0.8)
         assert gaussian_moments(region, 0.8) == pytest.approx((factor * value, factor * slope), rel=2e-3)
+
+
+#: what regions are called
+NAMES = {
+    "GELU with tanh": "gelu", "GELU with erf": "gelu", "quick GELU": "quick_gelu", "SiLU": "silu", "mish": "mish",
+    "softplus": "softplus", "squared ReLU": "squared_relu", "x + relu(x)": "pointwise(relu)",
+    "root": "pointwise(abs, pow)", "hard swish": "pointwise(relu6)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_regions_bear_the_names_of_known_functions(name: str):
+    (region,) = found(SPELLINGS[name][0]).regions()
+    assert region.facts["name"] == NAMES[name]
+
+
+def test_gelu_counts_the_same_in_every_spelling():
+    """The paper declares 1/√2; tracked scales integrate the function, and the spellings differ by their values only."""
+    for convention, close in (("paper", 1e-12), ("tracked", 1e-3)):
+        targets = [
+            [leaf.target for leaf in convert(Mlp(f), (X,), convention=convention).leaves]
+            for f in (F.gelu, gelu_tanh, SPELLINGS["GELU with erf"][0])
+        ]
+        assert targets[1] == pytest.approx(targets[0], rel=close) == targets[2]
+
+
+class Mlp(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.up, self.down, self.function = nn.Linear(16, 32), nn.Linear(32, 16), function
+
+    def forward(self, x):
+        return self.down(self.function(self.up(x)))
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -1,16 +1,22 @@
 """Views as data: what sizes, strides and offsets say, against the indices themselves."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modnorm_fx.passes.layout import canonical, feature_slice, replay, sliced
-from torch import fx
+from modnorm_fx.passes.layout import Arrangement, canonical, feature_slice, follow, replay, sliced
+from staged import With, stage
+from torch import Tensor, fx
 
 from modnorm_fx import ATEN
-from modnorm_fx.atoms import Slice
+from modnorm_fx.atoms import Experts, Linear, Reshaped, Slice
+from modnorm_fx.rules import shape_of
 
 aten = torch.ops.aten
+X = torch.randn(2, 6)
 
 
 def entries(view: torch.Tensor) -> list[int]:
@@ -136,3 +142,64 @@ def test_replay_runs_views_and_looks_through_copies():
 def test_replay_refuses_what_is_no_view(call):
     x = torch.empty(6, 4, device="meta").t()  # view([24]) of a transpose would have to copy
     assert replay(node(*call), x, ATEN) is None
+
+
+#: what is done to a tensor of shape (4, 6) and, second, to another value; the entries arrive place by place
+ARRIVALS = {
+    "as it is": lambda w, v: w * v,
+    "views": lambda w, v: w.t().reshape(3, 2, 4) * 2,
+    "a copy": lambda w, v: w.t().reshape(4, 6) + v,
+    "two copies": lambda w, v: w.t().reshape(4, 6).t().reshape(8, 3),
+    "over its own norm": lambda w, v: w / w.norm(dim=1, keepdim=True),
+    "standardised": lambda w, v: F.batch_norm(w.reshape(1, 4, 6), None, None, training=True).reshape(4, 6) * v,
+    "a block": lambda w, v: torch.cat([w, v]),
+    "rows": lambda w, v: w.sum(1, keepdim=True) * v,
+    "mixed": lambda w, v: (w - w.t().reshape(4, 6)) * v,
+    "a product": lambda w, v: w @ v.t(),
+}
+MIXED = ("rows", "mixed", "a product")
+
+
+@pytest.mark.parametrize("name", ARRIVALS)
+def test_follow(name: str):
+    """Where entry i of the tensor arrives, checked by the derivative of every place of the value."""
+    make = ARRIVALS[name]
+    staged = stage(With(lambda s, x: make(s.w, s.v) + x.sum(), w=(4, 6), v=(4, 6)), X)
+    nodes = list(staged.module.graph.nodes)
+    start = next(e.node for e in staged.captured.inputs if e.name == "w")
+    value = next(n for n in nodes if n.op == "output").all_input_nodes[0].args[0]  # what x.sum() is added to
+    found = follow(nodes, start, Arrangement.of((4, 6)), ATEN).get(value)
+    if name in MIXED:
+        assert found is None
+        return
+    assert found is not None and found.is_whole
+    v = torch.rand(4, 6) + 0.5
+    draws = [torch.autograd.functional.jacobian(lambda t: make(t, v), torch.randn(4, 6)) for _ in range(50)]
+    jacobian = torch.stack(draws).mean(0).reshape(-1, 24)  # statistics move a place either way
+    seen: list[Tensor] = []
+
+    def place(size, view):
+        seen.append(torch.arange(math.prod(size)).as_strided(view.shape, view.stride()))
+        return Linear(tuple(view.shape)[:2]) if view.dim() == 2 else Experts(tuple(view.shape))
+
+    atom = found.wrap((4, 6), place)
+    entries = torch.arange(24.0).reshape(4, 6)
+    while isinstance(atom, Reshaped):
+        entries = atom.read(entries)
+        atom = atom.inner
+    arrived = entries.flatten()[seen[0].flatten()].long()
+    largest = jacobian[: len(arrived)].abs().argmax(1)
+    assert torch.equal(largest, arrived)
+
+
+def test_follow_marks_what_is_broadcast_and_added():
+    staged = stage(With(lambda s, x: F.linear(x, s.g * s.w + s.b), w=(4, 6), g=(4, 1), b=(4, 1)), X)
+    nodes = list(staged.module.graph.nodes)
+    names = {e.name: e.node for e in staged.captured.inputs}
+    operand = next(n for n in nodes if n.target is torch.ops.aten.linear.default).args[1]
+    found = {n: follow(nodes, names[n], Arrangement.of(shape_of(names[n])), ATEN)[operand] for n in "wgb"}
+    assert {n: (a.is_whole, a.added) for n, a in found.items()} == {
+        "w": (True, False),
+        "g": (False, False),
+        "b": (False, True),
+    }

@@ -39,6 +39,12 @@ def in_float32(x):
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def response(x):
+    """ConvNeXt v2's global response normalisation, without its gain and bias."""
+    norms = x.norm(p=2, dim=1, keepdim=True)
+    return x + x * (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6))
+
+
 UNIT, SUMMED = 1.0, 1 / math.sqrt(D)  # RMS after division by a root mean square, and by a norm
 RMS_SPELLINGS = {
     "rsqrt": (rms, UNIT),
@@ -67,6 +73,10 @@ LAYER_SPELLINGS = {
     "mean of squares, subtracted twice": convnext,
     "mean of squares, subtracted once": centred_once,
     "var_mean": var_mean,
+    "mean of squares less the square of the mean": lambda x: (
+        (x - x.mean(-1, keepdim=True))
+        * torch.rsqrt(x.square().mean(-1, keepdim=True) - x.mean(-1, keepdim=True).square() + 1e-5)
+    ),
 }
 OTHERS = {
     "another signal's": lambda x: x / (x.roll(1, 0).pow(2).mean(-1, keepdim=True).sqrt() + 1e-6),
@@ -76,6 +86,7 @@ OTHERS = {
     "times the root": lambda x: x * x.pow(2).mean(-1, keepdim=True).sqrt(),
     "squashing, x/(1+|x|)": lambda x: x / (1 + x.norm(dim=-1, keepdim=True)),
     "fourth powers": lambda x: x / x.pow(4).mean(-1, keepdim=True).sqrt(),
+    "norms over another signal's mean": lambda x: x * (x.norm(dim=1, keepdim=True) / x.roll(1, 0).norm(dim=1).mean()),
     "other minuend": lambda x: x - x.roll(1, 0).mean(-1, keepdim=True),
     "half of the mean": lambda x: torch.sub(x, x.mean(-1, keepdim=True), alpha=0.5),
 }
@@ -110,6 +121,15 @@ def test_what_is_no_norm_layer_stays(name: str):
     before = staged.targets()
     assert staged.rewrite("norms") == {"norms": 0}
     assert staged.targets() == before
+
+
+def test_global_response_normalisation():
+    staged = found(response)
+    assert staged.kinds() == ["response_norm"]
+    change = torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 400, D, generator=torch.Generator().manual_seed(2))
+    _, moved = torch.autograd.functional.jvp(lambda x: response(x) - x, x, change[:, :1].expand(2, 400, D).contiguous())
+    assert float(moved.square().mean().sqrt() / change[:, :1].square().mean().sqrt()) == pytest.approx(1.0, abs=0.2)
 
 
 def test_mean_subtraction():

@@ -6,12 +6,9 @@ import pytest
 import torch
 from modnorm_fx.passes.sample import SamplingError, sample
 from op_calls import Example, T, W, build
-from random_nets import facts
-from staged import With
 from torch import fx, nn
 
 from modnorm_fx import ATEN
-from modnorm_fx.conventions import TRACKED
 from modnorm_fx.rules import operands
 
 aten = torch.ops.aten
@@ -54,23 +51,23 @@ def test_it_is_deterministic_and_leaves_the_users_random_numbers_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_complex_values():
-    """Orthonormal transforms keep sizes and pass changes as they are, from real to complex to complex to real."""
+TRANSFORMS = {
+    "from real": (aten._fft_r2c.default, T((64, 64), 0.7), torch.float32, (1, False)),
+    "of complex": (aten._fft_c2c.default, T((64, 64), 0.7, "complex"), torch.complex64, (2, True)),
+    "to real": (aten._fft_c2r.default, T((64, 33), 0.7, "complex"), torch.complex64, (2, 64)),
+}
 
-    def function(x):
-        z = torch.fft.fft(torch.fft.fft(x, norm="ortho"), dim=-2, norm="ortho")
-        return torch.fft.ifft2(z, norm="ortho").real
 
-    found = facts(
-        With(lambda s, x: function(s.l(x)), l=nn.Linear(16, 16)), TRACKED, torch.randn(2, 16, 16), unknown="sample"
-    )
-    scales = [
-        (n, s) for n, s in found.scales.scale.items() if found.scales.status[n] == "sampled" and "real" not in n.name
-    ]
-    assert len(scales) == 3
-    for node, scale in scales:
-        assert scale == pytest.approx(1.0, rel=0.1)
-        assert list(found.scales.local[node].values()) == [pytest.approx(1.0, rel=0.1)]
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_complex_values(name: str):
+    op, spec, dtype, rest = TRANSFORMS[name]
+    call, specs = build(op, Example((spec, [1], *rest)))
+    for node in specs:
+        node.meta["val"] = torch.empty(spec.shape, dtype=dtype)
+    found = sample(fx.GraphModule(nn.Module(), call.node.graph), call, [("self", None)])
+    rule = ATEN[op].function(call)
+    assert found.scale == pytest.approx(rule.scale, rel=0.1)
+    assert found.of(("self", None)) == pytest.approx(rule.of(("self", None)), rel=0.1)
 
 
 def test_the_real_part_of_something_complex():
@@ -110,3 +107,36 @@ def test_weights_count_by_their_entries():
     """A weight of an op without a rule: RMS over entries, which is what Scalar's target is compared with."""
     _, found = sampled(aten.mm.default, Example((T((64, 32)), W("linear_t", (32, 48)))))
     assert found.of(("mat2", None)) == pytest.approx(math.sqrt(32), rel=0.15)
+
+
+def masked(x, mask):
+    return x.masked_fill(mask, 0.0)
+
+
+def test_masks_are_true_in_half_of_their_places():
+    example = Example((BIG, torch.zeros(64, 64, dtype=torch.bool)), run=masked)
+    call, specs = build(masked, example)
+    found = sample(fx.GraphModule(nn.Module(), call.node.graph), call, [("arg0", None)])
+    assert found.of(("arg0", None)) == pytest.approx(math.sqrt(0.5), rel=0.1)
+
+
+def test_a_mask_that_decides_on_a_size_is_all_true():
+    whole = torch.ones(64, 64, dtype=torch.bool)
+    scattered = lambda x, mask: x[mask].view(64, 64) if bool(mask.all()) else x[mask].view(-1, 64, 64)  # noqa: E731
+    call, _ = build(scattered, Example((BIG, whole), run=scattered))
+    found = sample(fx.GraphModule(nn.Module(), call.node.graph), call, [("arg0", None)])
+    assert found.of(("arg0", None)) == pytest.approx(1.0, rel=0.1)
+
+
+def test_indices_are_spread_over_the_smallest_axis():
+    picked = lambda x, index: x[index]  # noqa: E731
+    call, _ = build(picked, Example((BIG, torch.zeros(32, dtype=torch.long)), run=picked))
+    found = sample(fx.GraphModule(nn.Module(), call.node.graph), call, [("arg0", None)])
+    assert found.of(("arg0", None)) == pytest.approx(1.0, rel=0.15)
+
+
+def test_an_empty_output_says_so():
+    empty = lambda x: x[:0] * 2  # noqa: E731
+    call, _ = build(empty, Example((BIG,), run=empty))
+    with pytest.raises(SamplingError, match="empty"):
+        sample(fx.GraphModule(nn.Module(), call.node.graph), call, [("arg0", None)])

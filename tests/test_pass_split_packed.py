@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from modnorm_fx.passes.split_packed import MOST_PARTS
-from staged import Staged, stage
+from modnorm_fx.passes.split_packed import MOST_PARTS, split_packed
+from staged import Staged, With, stage
 from torch import Tensor, nn
 
+from modnorm_fx import ATEN
 from modnorm_fx.atoms import Slice
 from modnorm_fx.slices import take_slice
 
@@ -240,3 +241,73 @@ def test_multihead_attention(cross: bool, batch_first: bool):
 def test_it_can_run_twice():
     staged = found(Layer(chunked, 3 * D))
     assert staged.rewrite("packed") == {"packed": 0}
+
+
+def gated(t: Tensor) -> Tensor:
+    gate, up = t.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def interleaved(t: Tensor) -> Tensor:
+    return (t[..., 1::2] + 1) * t[..., ::2].clamp(max=7.0)
+
+
+#: how experts are applied to [E, rows, in] -> (function of the model and x, shape of the weight, axis of the features)
+EXPERTS = {
+    "batched": (lambda own, x: gated(torch.bmm(x, own.w)), (3, D, 2 * D), 2),
+    "batched, [E, out, in]": (lambda own, x: gated(torch.bmm(x, own.w.transpose(1, 2))), (3, 2 * D, D), 1),
+    "matmul, interleaved": (lambda own, x: interleaved(x @ own.w), (3, D, 2 * D), 2),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_expert_has_its_gate_and_its_up(name: str):
+    function, shape, axis = EXPERTS[name]
+    x = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(0))
+    staged = stage(With(function, w=shape), x)
+    assert staged.rewrite("packed") == {"packed": 1} and staged.error() < 1e-5
+    weights = staged.typed().values()
+    assert len(weights) == 2 and all("xperts" in w.uses[0][2].describe() for w in weights)
+    assert {(part.axis, part.start, part.stop, part.period) for w in weights for part in w.slices} == (
+        {(axis, 0, 1, 2), (axis, 1, 2, 2)} if "inter" in name else {(axis, 0, D, 2 * D), (axis, D, 2 * D, 2 * D)}
+    )
+
+
+def test_a_bias_that_is_added_before_the_cut_is_cut_with_it():
+    """As GPT-OSS has it: every row looks up the bias of its expert, gate and up alternate."""
+    expert = torch.tensor([0, 0, 1, 2, 2])
+
+    def function(own, x):
+        return interleaved(x @ own.w + own.b[expert])
+
+    staged = stage(With(function, w=(D, 2 * D), b=(3, 2 * D)), torch.randn(5, D))
+    assert staged.rewrite("packed") == {"packed": 1} and staged.error() < 1e-5
+    weights = staged.typed()
+    assert len(weights) == 4
+    parts = sorted((w.parameter, p.axis, p.start, p.period) for w in weights.values() for p in w.slices)
+    assert parts == [("b", 1, 0, 2), ("b", 1, 1, 2), ("w", 1, 0, 2), ("w", 1, 1, 2)]
+
+
+@pytest.mark.parametrize("index, parts", [([-2], 3), ([4], 3), ([1], 0)])
+def test_a_constant_index_is_a_slice(index: list[int], parts: int):
+    """Falcon's multi-query attention: heads of q, then one of k and one of v."""
+
+    def function(own, x):
+        t = (x @ own.w).view(B, T, HEADS + 2, SIZE)
+        q, k, v = t[..., :-2, :], t[..., index, :], t[..., [-1], :]
+        return attend(*(u.transpose(1, 2) for u in (q, k.expand(q.shape), v.expand(q.shape))))
+
+    staged = stage(With(function, w=(D, D + 2 * SIZE)), X)
+    constants = {i.node: staged.captured.constants[i.name] for i in staged.captured.inputs if i.kind == "constant"}
+    assert split_packed(staged.module, staged.flow(), rules=ATEN, constants=constants) == (parts > 0)
+    staged.module.recompile()
+    assert staged.error() < 1e-5
+    assert len(staged.typed()) == max(parts, 1)
+
+
+def test_what_is_added_and_is_no_bias_leaves_the_layer_whole():
+    def function(own, x):
+        return gated(x @ own.w + own.table)  # one number for each row
+
+    staged = stage(With(function, w=(D, 2 * D), table=(5, 1)), torch.randn(5, D))
+    assert staged.rewrite("packed") == {"packed": 0} and staged.error() == 0.0

@@ -203,18 +203,23 @@ def test_overlapping_uses_are_refused():
     assert "w: used as w and as w[0:1], which overlap" in text
 
 
+def queries(w: Tensor, x: Tensor) -> Tensor:
+    """Attention of learned queries, which are no layer's matrix."""
+    return (w @ x.mT).softmax(-1) @ x
+
+
 def test_a_matrix_through_a_function_is_refused():
-    text = refused(lambda s, x: F.linear(x, torch.tanh(s.w)), w=(16, 16))
+    text = refused(lambda s, x: queries(torch.tanh(s.w), x), w=(16, 16))
     assert "w: a matrix weight passes through tanh" in text
 
 
 def test_all_failures_are_named_at_once():
-    text = refused(lambda s, x: F.linear(F.linear(x, torch.tanh(s.a)), torch.exp(s.b)), a=(16, 16), b=(16, 16))
+    text = refused(lambda s, x: queries(torch.tanh(s.a), x) + queries(torch.exp(s.b), x), a=(16, 16), b=(16, 16))
     assert "these 2 parameters" in text and "a: a matrix" in text and "b: a matrix" in text
 
 
 def test_sampled_on_request():
-    found = weights(With(lambda s, x: F.linear(x, torch.tanh(s.w)), w=(16, 16)), unknown="sample")
+    found = weights(With(lambda s, x: queries(torch.tanh(s.w), x), w=(16, 16)), unknown="sample")
     assert found["w"].sampled and found["w"].uses[0][2] == A.Scalar((16, 16))
 
 

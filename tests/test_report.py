@@ -319,6 +319,21 @@ def test_a_dag_lists_every_vertex_with_its_edges() -> None:
     ]
 
 
+def test_a_dag_says_which_module_its_weights_are_in() -> None:
+    names = ("block.3.up", "block.3.mix.down", "block.3.gate")
+    a, b, c = (weight(f"{name}.weight") for name in names)
+    edges = ((0, 1, a), (0, 2, b), (1, 2, EMPTY), (1, 3, EMPTY), (2, 3, c))
+    norm = hand_made(T.Dag((EMPTY,) * 4, edges), PAPER)
+    assert _tree(norm)[0].startswith("dag of 4 vertices and 5 edges in block.3 ×")
+
+
+def test_long_lists_of_unused_parameters_are_cut() -> None:
+    names = tuple(f"{letter}.weight" for letter in "abcdefghijkl")
+    norm = hand_made(weight("w"), unused=names)
+    (line,) = (line for line in report.text(norm).splitlines() if line.startswith("unused"))
+    assert line.endswith("h.weight and 4 more") and "i.weight" not in line
+
+
 def test_alike_vertices_of_a_dag_are_folded() -> None:
     """A chain of blocks that all see the input, too, as blocks see one table of position biases."""
     chain = [(v - 1, v, weight(f"h.{v}.w", mass=v)) for v in range(1, 7)]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modnorm_fx import capture as capture_module  # first: it makes timm importable beside a CPU torch
+from modnorm_fx._outputs import named_leaves
 from modnorm_fx.capture import Captured
 
 import timm  # isort: skip
@@ -234,24 +235,24 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What the model returns in evaluation, on copies of everything."""
+def eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the model returns in evaluation, on copies of everything: the leaves, by name."""
     args, kwargs = copy.deepcopy((args, kwargs))
     model = copy.deepcopy(model).eval()
     if hasattr(getattr(model, "config", None), "use_cache"):
         kwargs["use_cache"] = False
     with torch.no_grad():
-        return pytree.tree_leaves(model(*args, **kwargs))
+        value = model(*args, **kwargs)
+    leaves = named_leaves(value)
+    assert [id(leaf) for _, leaf in leaves] == [id(leaf) for leaf in pytree.tree_leaves(value)]
+    return dict(leaves)
 
 
 def assert_same_outputs(captured: Captured, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     expected, got = eager(model, args, kwargs), captured(model, *args, **kwargs)
-    assert len(expected) == len(got)
-    for one, other in zip(expected, got, strict=True):
-        if isinstance(one, Tensor):
-            torch.testing.assert_close(other, one)
-        else:
-            assert other == one
+    assert captured.outputs
+    for name, value in zip(captured.outputs, got, strict=True):
+        torch.testing.assert_close(value, expected[name])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,175 @@
+"""What single transformers architectures need in their configurations, beside the rules by name of `tiny`.
+
+Keys are `model_type`s, also those of sub-configurations. Everything here is a fact about the code of one architecture,
+which its configuration class neither knows nor checks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["MISSING", "SMALLER", "TOGETHER"]
+
+Table = dict[str, dict[str, Any]]
+
+
+def _mrope(theta: float, *section: int, **more: float) -> dict[str, Any]:
+    """Text positions of a vision-language model, in the numbers that its rotary embedding falls back to."""
+    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": list(section), **more}
+    return {"text_config": {"rope_parameters": rope}}
+
+
+# Numbers that transformers has no default for (or an unusable one), though the model cannot be built or run without.
+MISSING: Table = {
+    # fields without a default
+    **dict.fromkeys(
+        ("autoformer", "informer", "time_series_transformer"), {"prediction_length": 24, "context_length": 48}
+    ),
+    **dict.fromkeys(("wav2vec2-bert", "wav2vec2-conformer"), {"vocab_size": 32}),
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "nemotron": {"num_key_value_heads": 8},
+    "xmod": {"default_language": "en_XX"},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6}},
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "clip_qkv": 8}},
+    # placeholder tokens, which the code compares with even if there are none
+    **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50265}),
+    "instructblipvideo": {"video_token_index": 50265},
+    "voxtral": {"audio_token_id": 24},
+    # the tokenizer's names of image tokens: a placeholder, and one for each of the VQ model's codes
+    "chameleon": {"vocabulary_map": {"<image>": 8711, **{f"IMGIMG{i:04d}Z": 4 + i for i in range(8192)}}},
+    # the modelling code falls back to sections of the rotary embedding that the configuration does not hold
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e4}}}
+    },
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _mrope(1e6, 16, 24, 24)),
+    "glm4v": _mrope(1e4, 8, 12, 12, partial_rotary_factor=0.5),
+    # a backbone that returns one stage only, where the head takes four
+    "upernet": {
+        "backbone_config": {"model_type": "resnet", "out_indices": [1, 2, 3, 4]},
+        "auxiliary_in_channels": 1024,
+    },
+    # a backbone of another width and without the channel for the trimap; tuples where the code adds to lists
+    "vitmatte": {
+        "backbone_config": {"model_type": "vitdet", "num_channels": 4, "hidden_size": 384},
+        "convstream_hidden_sizes": [48, 96, 192],
+        "fusion_hidden_sizes": [256, 128, 64, 32],
+    },
+    "lw_detr": {"projector_scale_factors": [2.0, 0.5]},  # one level of features each
+}
+
+# Numbers that must fit together in an architecture's own way when they are small.
+TOGETHER: Table = {
+    # channels are rounded: for the last convolution 1280, before it 320 in the list, times the coefficient
+    "align_vision_model": {
+        "width_coefficient": 0.2,
+        "depth_coefficient": 0.1,
+        "image_size": 128,
+        "initializer_range": 0.2,  # with 0.02 the image underflows before batch norms have seen data
+    },
+    "efficientnet": {"width_coefficient": 0.05, "depth_coefficient": 0.1, "hidden_dim": 64, "image_size": 128},
+    "bit": {"num_groups": 1, "embedding_size": 16},
+    # local widths x cross_attn_k = the global width
+    **dict.fromkeys(("blt_local_encoder", "blt_local_decoder"), {"hidden_size": 32, "num_attention_heads": 2}),
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 100, **{f"IMGIMG{i:04d}Z": 4 + i for i in range(32)}}},
+    "chameleon_vqgan": {"num_embeddings": 32},  # the codes above
+    # width of the last of four stages, each twice as wide as the one before
+    "clap_audio_model": {"patch_embeds_hidden_size": 16, "hidden_size": 128},
+    "clvp_encoder": {"num_attention_heads": 2},  # rotary dimensions are at least 32
+    "cvt": {"depth": [1, 2, 3]},  # the code takes the nth of the nth stage's rates of stochastic depth
+    "dac": {"encoder_hidden_size": 4, "decoder_hidden_size": 64},  # of the first stage; 16 times that is the last
+    "dbrx": {"attn_config": {"rope_theta": 5e5, "clip_qkv": 8, "kv_n_heads": 2}},
+    # squares of 1, 1/2 and 1/4 of an image are cut into patches; layers of the patches' encoder are read out
+    "depth_pro": {"patch_size": 56, "intermediate_hook_ids": [1, 0]},
+    # as long as num_hidden_layers says, which is the number of stages
+    "dinov3_convnext": {"hidden_sizes": [16, 16, 32, 64], "depths": [1, 1, 1, 1]},
+    "dots1": {"n_shared_experts": 1},
+    "efficientloftr": {
+        "out_features": [16, 16, 32, 64],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "num_attention_layers": 2,
+        "num_attention_heads": 8,  # the rotary embedding has 2 numbers a head for a quarter of the width
+    },
+    "electra": {"embedding_size": 32},  # less than the width
+    "encodec": {"codebook_dim": 64, "target_bandwidths": [0.75, 1.5]},  # the width; 2 and 4 codebooks of 5 bits
+    "eomt": {"num_blocks": 1},  # the queries join before the last num_blocks layers
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    # a MobileNetV5 of timm; its last features keep their width
+    "gemma3n_vision": {"model_args": {"channel_multiplier": 0.1}, "hidden_size": 2048},
+    # one width for the channels between stages, and the list's last for the classifier
+    "hgnet_v2": {
+        "stem_channels": [3, 16, 16],
+        "stage_in_channels": [16, 16, 16, 32],
+        "stage_mid_channels": [16, 16, 16, 16],
+        "stage_out_channels": [16, 16, 32, 64],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_numb_of_layers": [2, 2, 2, 2],
+    },
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16},  # 4 coordinates and 2 shapes make the width
+    "lilt": {"hidden_size": 96},  # 6 coordinates make the width
+    # four patches become one, of 4 times the width
+    "llama4_vision_model": {
+        "intermediate_size": 256,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+        "vision_output_dim": 64,
+    },
+    "longcat_flash": {"head_dim": 8},  # that of the rotary part
+    "lw_detr_vit": {"image_size": 256},  # 4 x 4 windows of whole patches
+    "mamba2": {"num_heads": 8},
+    "mimi": {"upsample_groups": 8},
+    "mobilenet_v1": {"depth_multiplier": 0.25},
+    "mpnet": {"relative_attention_num_buckets": 32},  # the code has this number
+    **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), {"hidden_size": 32}),  # not the text encoder's
+    "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},  # every 2nd of 2 layers
+    # what the backbone of timm takes unless told otherwise, and what it returns; texts are wider than queries
+    "omdet-turbo": {
+        "image_size": 224,
+        "encoder_in_channels": [192, 384, 768],
+        "encoder_hidden_dim": 32,
+        "decoder_hidden_dim": 32,
+        "vision_features_channels": [32, 32, 32],
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3},  # the last of three kinds is attention
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4, "feed_forward_size": 128},
+    # widths differ, for that is how the code knows where stages begin; a global block does not begin one
+    "sam2_hiera_det_model": {
+        "hidden_size": 8,
+        "embed_dim_per_stage": [8, 16, 32, 64],
+        "num_attention_heads_per_stage": [1, 1, 2, 4],
+        "image_size": [128, 128],
+        "blocks_per_stage": [1, 1, 2, 1],
+        "window_size_per_stage": [8, 4, 4, 2],
+        "global_attention_blocks": [3],
+    },
+    "sam2_vision_model": {
+        "backbone_channel_list": [64, 32, 16, 8],
+        "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+    },
+    "sam2_prompt_encoder": {"image_size": 128},
+    "seggpt": {"merge_index": 0},  # before the first layer that is read out
+    **dict.fromkeys(("sew", "sew-d"), {"conv_dim": [32] * 13}),  # not the width
+    "superglue": {"gnn_layers_types": ["self", "cross"], "sinkhorn_iterations": 3},
+    "swiftformer": {"depths": [2, 2, 2, 2]},  # the last block of a stage has another kind
+    "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    "textnet": {"stem_out_channels": 16, "image_size": [64, 64]},
+    "tvp": {"max_img_size": 224, "visual_prompt_size": 32, "num_frames": 2},
+    "vjepa2": {
+        "pred_hidden_size": 64,
+        "pred_num_hidden_layers": 2,
+        "pred_num_attention_heads": 4,
+        "frames_per_clip": 4,
+        "crop_size": 64,
+    },
+    "udop": {"relative_attention_num_buckets": 32},  # the code has this number
+    "upernet": {"auxiliary_in_channels": 32},  # the third stage of the backbone
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},  # two that share an attention
+}
+
+# Smaller models of the same kind, for the names of timm's that stand in configurations.
+SMALLER = {"resnet50": "test_resnet"}
