@@ -195,7 +195,8 @@ def examine(spec: str, tell: Tell) -> Row:
             row.stage = "capture"
         row.error = f"{type(error).__name__}: {error}"
         if not isinstance(error, ModnormError):
-            row.error += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
+            frames = traceback.extract_tb(error.__traceback__)[-3:]  # file names, not where they lie on this machine
+            row.error += "".join(f"\n  {Path(f.filename).name}:{f.lineno}: {f.line}" for f in frames)
     row.megabytes = row.megabytes or _megabytes()
     return row
 

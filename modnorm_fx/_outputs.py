@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
@@ -88,4 +89,6 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]] | None:
         return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     if (parameters := getattr(value, "arg_constraints", None)) and isinstance(parameters, Mapping):
         return ((key, vars(value)[key]) for key in parameters if key in vars(value))
+    if isinstance(value, Distribution):  # of distributions: mixtures, transformed ones
+        return ((key, child) for key, child in vars(value).items() if isinstance(child, Tensor | Distribution))
     return None

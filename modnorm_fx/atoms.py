@@ -139,7 +139,7 @@ class _Largest(Atom):
         return runtime.working(w).abs().max()
 
     def unit_dual(self, w: Tensor) -> Tensor:
-        return torch.sign(w) + (w - w)  # w - w keeps infinity visible, which sign would hide
+        return torch.sgn(w) + (w - w)  # w - w keeps infinity visible, which sgn would hide
 
 
 @dataclass(frozen=True)

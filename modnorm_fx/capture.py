@@ -183,7 +183,9 @@ def _capture(
             failures[route] = error
         else:
             unused = _unused(found)
-            if best is None or unused < best[2]:
+            if failures and len(unused) == len({id(p) for p in model.parameters()}):
+                failures[route] = RouteClosed("in its graph no parameter reaches an output")
+            elif best is None or unused < best[2]:
                 best = route, found, unused
     if best is None:
         reasons: dict[str, list[str]] = {}
@@ -299,7 +301,7 @@ def _check_constants(model: nn.Module, constants: dict[str, Tensor]) -> None:
     own = {
         parameter.data_ptr(): name
         for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not isinstance(parameter, FakeTensor)
+        if parameter.numel() and not parameter.is_meta and not isinstance(parameter, FakeTensor)
     }
     for value in constants.values():
         if value.numel() and value.data_ptr() in own:

@@ -120,6 +120,7 @@ class ModularNorm:
         share = self.convention.share(mass, self.tree.mass)
         status = "sampled" if any(u.node.status == "sampled" for u in uses) else "rules"
         uses = self.convention.binding(uses)
+        uses = [u for u in uses if u.gain > 0] or uses
         gains: dict[Atom, list[float]] = defaultdict(list)
         for u in uses:
             gains[u.node.atom].append(u.gain)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from enum import Flag
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -42,13 +43,24 @@ CONVERGED = 0.05
 RARE = 5.0
 
 
-@lru_cache(maxsize=4)
-def _nodes(sign: Sign) -> tuple[torch.Tensor, torch.Tensor]:
-    width = 2 * REACH / NODES
-    z = (torch.arange(NODES, dtype=torch.float64) + 0.5) * width - REACH
+#: activations do all they do at inputs of ordinary size: where cells of the whole range would be longer than NEAR/100,
+#: the inputs up to NEAR have cells of their own. At a scale of 1e4 the slope of tanh all comes from there.
+NEAR = 20.0
+
+
+@lru_cache(maxsize=64)
+def _nodes(sign: Sign, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Midpoints ``z`` and weights for inputs ``scale·z``."""
+    near = NEAR / scale if 2 * REACH / NODES * scale > NEAR / 100 else 0.0
+    edges = [-REACH, -near, near, REACH] if near else [-REACH, REACH]
+    cells = (torch.arange(NODES, dtype=torch.float64) + 0.5) / NODES
+    z = torch.cat([low + (high - low) * cells for low, high in pairwise(edges)])
+    widths = torch.cat([torch.full_like(cells, (high - low) / NODES) for low, high in pairwise(edges)])
+    weights = widths / math.sqrt(2 * math.pi) * torch.exp(-z * z / 2)
     if sign in (Sign.NEGATIVE, Sign.POSITIVE):  # weights are relative: half of them makes no difference
-        z = z[z > 0] if sign is Sign.POSITIVE else z[z < 0]
-    return z, width / math.sqrt(2 * math.pi) * torch.exp(-z * z / 2)
+        half = z > 0 if sign is Sign.POSITIVE else z < 0
+        z, weights = z[half], weights[half]
+    return z, weights
 
 
 def gaussian_moments(
@@ -72,7 +84,7 @@ def gaussian_moments(
     Raises:
         ModnormError: the function is finite nowhere.
     """
-    nodes, weights = _nodes(sign)
+    nodes, weights = _nodes(sign, scale)
     y, slope = _evaluated(function, scale * nodes)
     finite = y.isfinite() & slope.isfinite()
     if not finite.any():

@@ -2,6 +2,7 @@
 
 Everything works on a batch of P equally shaped pieces: matrices are `[P, out, in]`, power vectors `[P, BLOCK, in]`,
 norms and factors `[P]`. Inputs may be float16 or bfloat16; every sum is accumulated in float32 (float64 stays float64).
+Complex weights stay complex; the transpose of real ones is then the adjoint.
 
 Meant for updates of ordinary size: entries beyond 1e18 in magnitude overflow to a norm of infinity (and from there to
 NaN in the update, which the optimizer refuses), and an update whose norm is below `TINY` counts as zero.
@@ -49,7 +50,9 @@ START_LIMIT = 64
 
 
 def working(x: Tensor) -> Tensor:
-    """`x` in the precision in which sums are taken: float64 stays, everything else is float32."""
+    """`x` in the precision in which sums are taken: double stays, everything else is single; complex stays complex."""
+    if x.is_complex():
+        return x if x.dtype == torch.complex128 else x.to(torch.complex64)
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -73,7 +76,7 @@ def _largest_singular(wide: Tensor) -> Tensor:
     wide = wide / torch.where(size > 0, size, 1.0)[:, None, None]
     if wide.shape[-2] == 1:
         return size * torch.linalg.vector_norm(wide, dim=(-2, -1))
-    gram = wide @ wide.mT
+    gram = wide @ wide.mH
     finite = gram.isfinite().all(-1).all(-1)
     largest = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0.0))[:, -1]
     return torch.where(finite, size * largest.clamp(min=0.0).sqrt(), torch.nan)
@@ -85,7 +88,7 @@ def spectral_norms(matrices: Tensor) -> Tensor:
     A piece with NaN or infinity has norm NaN.
     """
     m = working(matrices)
-    return _largest_singular(m.mT if m.shape[-2] > m.shape[-1] else m)
+    return _largest_singular(m.mH if m.shape[-2] > m.shape[-1] else m)
 
 
 def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +104,7 @@ def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """
     m = working(matrices)
     u = vectors.to(device=m.device, dtype=m.dtype)
-    y = torch.linalg.qr((u @ m.mT).mT).Q.mT.contiguous()
+    y = torch.linalg.qr((u @ m.mH).mH).Q.mH.contiguous()
     product = y @ m
     estimate = _largest_singular(product)
 
@@ -111,7 +114,8 @@ def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     product = torch.where(lost[:, None, None], torch.cat([row, product[:, 1:]], dim=1), product)
     estimate = torch.where(lost, longest, estimate)
     fresh = _unit(product) + DITHER * _start_block(u.shape[-2], u.shape[-1], m.device)
-    return estimate, torch.where(estimate[:, None, None] > TINY, fresh, u).float()
+    single = torch.complex64 if m.is_complex() else torch.float32
+    return estimate, torch.where(estimate[:, None, None] > TINY, fresh, u).to(single)
 
 
 def _start_block(count: int, size: int, device: torch.device) -> Tensor:
@@ -126,7 +130,7 @@ def start_vectors(matrices: Tensor) -> Tensor:
     """
     m = working(matrices)
     u = _start_block(min(BLOCK, *m.shape[1:]), m.shape[-1], m.device).expand(m.shape[0], -1, -1)
-    before = torch.zeros(m.shape[0], device=m.device, dtype=m.dtype)
+    before = torch.zeros(m.shape[0], device=m.device, dtype=m.dtype.to_real())
     for _ in range(START_LIMIT):
         now, u = power_iteration(m, u)
         if not bool((now - before > START_TOLERANCE * now).any()):

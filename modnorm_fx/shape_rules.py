@@ -112,8 +112,11 @@ def where(call: Call) -> Local:
 def cat(call: Call) -> Local:
     tensors = call["tensors"]
     n = len(tensors)
-    axis = int(call["dim"] or 0) % len(call.shape())
-    sizes = [1] * n if call.node.target is aten.stack.default else [shape_of(t)[axis] for t in tensors]
+    rank = len(call.shape())
+    axis = int(call["dim"] or 0) % rank
+    empty = {i for i in range(n) if len(shape_of(tensors[i])) < rank}  # an empty vector joins anything
+    stacked = call.node.target is aten.stack.default
+    sizes = [1 if stacked else 0 if i in empty else shape_of(tensors[i])[axis] for i in range(n)]
     scales = [call.scale("tensors", i) for i in range(n)]
     if not call.convention.tracks_scales:
         return Local(1.0, {"tensors": [1.0] * n})

@@ -190,11 +190,16 @@ def _take(value: _Value, part: Slice) -> _Value | None:
     value = replace(value, slices=_join(value.slices, slices), shape=shape, view=view)
     whole = torch.empty(value.shape, device="meta")
     order = sorted(range(view.dim()), key=lambda d: (-view.stride()[d], -view.shape[d]))
-    if tuple(view.permute(order).shape) != shape or view.permute(order).stride() != whole.stride():
+    seen = view.permute(order)
+    kept = list(range(len(shape)))  # one of several matrices may be picked: its axis is gone
+    if view.dim() < len(shape):
+        kept = [axis for axis in kept if shape[axis] > 1]
+    if seen.shape != torch.Size(shape[a] for a in kept) or seen.stride() != tuple(whole.stride(a) for a in kept):
         return None
-    part = Slice(order.index(part.axis), part.start, part.stop, part.period)  # of the stored arrangement
+    part = Slice(kept[order.index(part.axis)], part.start, part.stop, part.period)  # of the stored arrangement
     taken = part.read(whole)
-    view = torch.empty(taken.shape, device="meta").permute([order.index(d) for d in range(view.dim())])
+    stored = torch.empty([taken.shape[a] for a in kept], device="meta")
+    view = stored.permute([order.index(d) for d in range(view.dim())])
     return replace(value, slices=_join(value.slices, (part,)), shape=tuple(taken.shape), view=view)
 
 

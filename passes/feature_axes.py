@@ -37,6 +37,9 @@ MATMULS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 RESHAPES = frozenset(
     {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int}
 )
+MOVES = frozenset(
+    {aten.transpose.int, aten.t.default, aten.permute.default, aten.swapaxes.default, aten.movedim.intlist}
+)
 SPATIAL = frozenset(
     {
         aten.batch_norm.default,
@@ -60,29 +63,30 @@ def feature_axes(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> dic
         except AttributeError:
             continue
         if node.op == "placeholder":
-            axes[node] = (
-                frozenset({1})
-                if rank >= 3 and flow.signal(node) and _feeds_conv(node)
-                else frozenset({rank - 1} if rank else ())
-            )
+            channels = _channels(node, rank) if rank >= 3 and flow.signal(node) else rank - 1
+            axes[node] = frozenset({channels} if rank else ())
         else:
             axes[node] = frozenset(a for a in _of(module, node, axes, flow) if 0 <= a < rank)
     return axes
 
 
-def _feeds_conv(node: fx.Node) -> bool:
+def _channels(node: fx.Node, rank: int) -> int:
+    """The axis of an input that the first convolution on its way takes for channels, else the last."""
     seen: set[fx.Node] = set()
-    todo = list(node.users)
+    todo = [(user, tuple(range(rank))) for user in node.users]
     while todo and len(seen) < 50:
-        user = todo.pop()
+        user, order = todo.pop()  # order: the axis of the input behind each axis of the value
         if user in seen:
             continue
         seen.add(user)
         if user.target in CONVS:
-            return True
+            return order[1]
+        if user.target in MOVES and len(shape_of(user)) == rank:
+            places = [_moved(user, user.all_input_nodes[0], frozenset({a})) for a in range(rank)]
+            order = tuple(order[places.index(frozenset({b}))] for b in range(rank))
         if user.target not in LINEARS:
-            todo.extend(user.users)
-    return False
+            todo.extend((after, order) for after in user.users)
+    return rank - 1
 
 
 def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: Flow) -> Axes:
@@ -100,7 +104,7 @@ def _of(module: fx.GraphModule, node: fx.Node, axes: dict[fx.Node, Axes], flow: 
     before, x = shape_of(source), axes[source]
     if key in RESHAPES:
         return regroup(before, shape_of(node), x)
-    if key in (aten.transpose.int, aten.t.default, aten.permute.default, aten.swapaxes.default, aten.movedim.intlist):
+    if key in MOVES:
         return _moved(node, source, x)
     if key is aten.unsqueeze.default:
         at = int(args["dim"]) % rank

@@ -63,7 +63,7 @@ def measure_constants(
     out: dict[fx.Node, float] = {}
     for node in wanted:
         value = _evaluate(node, values)
-        if isinstance(value, torch.Tensor) and not value.is_complex():
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_complex():
             value = value.double()
             kept = value[value > MASK]
             out[node] = float(kept.square().mean().sqrt()) if kept.numel() else 0.0

@@ -43,6 +43,8 @@ LAYERS: dict[Any, tuple[str, int, int]] = {
 }
 #: where the bias stands, unless it is called so
 BIASES: dict[Any, str] = {aten.addmm.default: "self"}
+#: tensors in the type of their first argument, of which they take nothing else
+NEW = frozenset({aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default})
 #: more parts than any fused projection has (q, k, v, gate, ...); beyond it a model loops over heads, and its heads
 #: stay one matrix
 MOST_PARTS = 8
@@ -72,15 +74,35 @@ def split_packed(
     Args:
         constants: values of the placeholders of constants: an index such as ``[[-2]]`` is one.
     """
+    def cut(node: fx.Node) -> dict[Slice, list[tuple[fx.Node, torch.Tensor]]] | None:
+        layer = _layer(node, module, flow)
+        return _parts(layer, rules, constants) if layer else None
+
+    def alike(weight: fx.Node, parts: Mapping[Slice, object]) -> bool:
+        """Whether all uses of the weight are layers that are cut the same way, or were."""
+        users = [user for user in weight.users if user.target is not take_slice]
+        return all((cut(user) or {}).keys() == parts.keys() for user in users)
+
+    _release_types(module.graph)
     count = 0
     todo = list(module.graph.nodes)
     while todo:
         layer = _layer(todo.pop(), module, flow)
         parts = layer and _parts(layer, rules, constants)
-        if layer and parts:
+        if layer and parts and alike(layer.weight, parts):
             todo.extend(_rewrite(layer, module, parts))
             count += 1
     return count
+
+
+def _release_types(graph: fx.Graph) -> None:
+    """Has new tensors take their type from an input of the graph: a layer is not used whole by lending its own."""
+    inputs = list(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        if node.target in NEW:
+            source: Any = node.args[0]
+            same = (i for i in inputs if getattr(i.meta.get("val"), "dtype", None) == source.meta["val"].dtype)
+            node.replace_input_with(source, next(same, source))
 
 
 def _layer(node: fx.Node, module: fx.GraphModule, flow: Flow) -> _Layer | None:

@@ -439,3 +439,31 @@ def test_which_atoms_are_matrices_and_decay():
     for cls in (A.Gain, A.Bias, A.LogitBias, A.Scalar):
         assert not cls.is_matrix and not cls.decays and cls.kind == cls.__name__
     assert all(a.decays for a in MATRICES)
+
+
+COMPLEX = [A.Linear((6, 9)), A.Linear((12, 10)), A.Bias((5,)), A.Gain((4, 3)), A.Embedding((7, 5))]
+
+
+@pytest.mark.parametrize("atom", COMPLEX)
+def test_complex_weights_keep_their_imaginary_parts(atom):
+    """Norms of complex tensors by SVD and absolute values; both scale and replace them without a loss."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.complex(torch.randn(atom.shape, generator=g), torch.randn(atom.shape, generator=g))
+    match atom:
+        case A.Linear():
+            true = math.sqrt(atom.into / atom.out) * torch.linalg.svdvals(w)[0]
+        case A.Gain():
+            true = w.abs().max()
+        case _:
+            true = w.abs().square().mean(-1).sqrt().max()
+    assert atom.norm(w) == pytest.approx(float(true), rel=1e-5)
+    scaled = w.clone()
+    vectors = atom.start_vectors(scaled)
+    atom.normalize_(scaled, 2.0, vectors)
+    assert atom.norm(scaled) == pytest.approx(2.0, rel=2e-3)
+    if not isinstance(atom, A.Embedding):  # whose rows are scaled one by one
+        torch.testing.assert_close(scaled / scaled.abs().max(), w / w.abs().max())
+    dual = w.clone()
+    atom.dualize_(dual, 1.0)
+    assert atom.norm(dual) == pytest.approx(1.0, rel=1e-4)
+    assert float((dual.conj() * w).sum().real) > 0

@@ -452,3 +452,20 @@ def test_explain():
     with pytest.raises(ModnormError, match="no stage 'atom'(.|\n)*atoms"):
         norm.explain("atom")
     assert "word.weight" in str(norm)
+
+
+def test_an_embedding_whose_lookups_move_nothing_follows_its_head():
+    """The lookups of a tied embedding bind, unless no change of them reaches the output."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids, x):
+            return self.head(torch.sign(self.embed(ids)) + x)
+
+    (leaf,) = mn.convert(Net(), (torch.zeros(2, 3, dtype=torch.long), torch.randn(2, 3, 4))).leaves
+    assert leaf.target > 0
+    assert leaf.atom.describe() == "Linear 4→7"

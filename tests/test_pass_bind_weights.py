@@ -8,7 +8,7 @@ from modnorm_fx.passes.measure_constants import made_of_numbers, measure_constan
 from staged import REWRITES, With, stage
 from torch import Tensor, nn
 
-from modnorm_fx import ATEN
+from modnorm_fx import ATEN, convert
 from modnorm_fx.atoms import Slice
 from modnorm_fx.errors import WeightError
 
@@ -152,3 +152,25 @@ def test_rearranged_beyond_following_is_refused_by_name():
     with pytest.raises(WeightError) as caught:
         uses(model)
     assert "'w'" in str(caught.value) and "aten.mul.Tensor" in str(caught.value)
+
+
+def test_slices_of_one_of_several_matrices():
+    """An expert picked by its number, whose gate and up are then cut apart."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Parameter(torch.randn(3, 12, 8))
+
+        def forward(self, x):
+            gate, up = F.linear(x, self.both[1]).chunk(2, dim=-1)
+            return torch.sigmoid(gate) * up
+
+    model = Experts()
+    with pytest.warns(UserWarning, match="Only parts of both reach"):
+        norm = convert(model, (torch.randn(5, 8),))
+    assert [leaf.key for leaf in norm.leaves] == ["both[1:2][:, 0:6]", "both[1:2][:, 6:12]"]
+    marked = torch.arange(3.0 * 12 * 8).reshape(3, 12, 8)
+    for leaf, wanted in zip(norm.leaves, (marked[1, :6], marked[1, 6:]), strict=True):
+        assert torch.equal(leaf.read(marked).flatten(), wanted.flatten())
+        assert "Linear 8→6" in leaf.atom.describe()

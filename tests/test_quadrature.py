@@ -134,3 +134,11 @@ def test_moments_of_entries_that_are_never_met_do_not_count(scale: float):
     """exp of a Gaussian of scale 6 has RMS e^36; a million draws of it have less than e^33."""
     value, slope = gaussian_moments(torch.exp, scale)
     assert value == slope == pytest.approx(math.sqrt(math.cosh(2 * scale)))
+
+
+@pytest.mark.parametrize("scale", [60.0, 1e3, 1e6])
+def test_a_saturated_function_keeps_the_slope_that_it_has_near_zero(scale: float) -> None:
+    """E sech⁴(s z) = ∫ sech⁴(x) dx · φ(0) / s = 4 / (3 s √(2π)) for large s; tanh itself is ±1."""
+    size, slope = gaussian_moments(torch.tanh, scale)
+    assert size == pytest.approx(1.0, rel=0.02)
+    assert slope == pytest.approx(math.sqrt(4 / 3 / scale / math.sqrt(2 * math.pi)), rel=1e-3)
