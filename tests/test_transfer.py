@@ -1,0 +1,115 @@
+"""The sweep over learning rates and sizes: what it runs, what it keeps, and what it says of the runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from modnorm_fx.models_zoo import build, transfer, transfer_report
+from modnorm_fx.models_zoo.recipes import RECIPES, Setting
+from modnorm_fx.models_zoo.transfer import Plan, Run, Size, Trial
+
+from modnorm_fx import convert
+from modnorm_fx.errors import FormatError, ModnormError
+
+PLAN = Plan("hf:gpt2", (64, 128), (2, 4), ("adamw",), {"adamw": (0.25, 0.5, 1.0)}, seeds=2)
+
+
+def ran(trial: Trial, best: float, floor: float = 2.0) -> Run:
+    """A run whose loss is a parabola of log2 lr."""
+    loss = floor + 0.1 * (math.log2(trial.lr) - best) ** 2
+    return Run(trial, loss, loss + 0.1, (3.0, loss), 1000 * trial.width * trial.depth, 1.0, "2.0")
+
+
+def everything(plan: Plan, best: dict[Size, float]) -> list[Run]:
+    """All that the plan asks for, run to the end."""
+    runs: dict[Trial, Run] = {}
+    for recipe in plan.recipes:
+        while missing := transfer._wanted(plan, recipe, runs):
+            runs |= {trial: ran(trial, best[trial.size]) for trial in missing}
+    return list(runs.values())
+
+
+def test_sizes_are_a_star_or_a_grid() -> None:
+    star = [Size(64, 2), Size(64, 4), Size(128, 2)]
+    assert PLAN.sizes() == star
+    assert set(Plan("x", (64, 128), (2, 4), (), full=True).sizes()) == {*star, Size(128, 4)}
+
+
+def test_the_grid_grows_while_the_best_lies_at_its_end_and_the_small_models_rate_is_run_everywhere() -> None:
+    runs = everything(PLAN, {Size(64, 2): 2.0, Size(64, 4): -1.0, Size(128, 2): -1.0})
+    tried = {size: set(transfer.mean_losses(runs, "adamw", size)) for size in PLAN.sizes()}
+    assert tried[Size(64, 2)] == {0.25, 0.5, 1.0, 2.0, 4.0, 8.0}  # one past the best
+    assert tried[Size(64, 4)] == {0.25, 0.5, 1.0, 4.0}
+    assert {run.trial.seed for run in runs} == {0, 1}
+
+
+def test_regret_and_drift_of_parabolas() -> None:
+    best = {Size(64, 2): -1.0, Size(64, 4): -1.0, Size(128, 2): -2.25}
+    found = {row.size: row for row in transfer_report.rows(everything(PLAN, best))}
+    assert found[Size(64, 2)].small_lr == 0.5 and found[Size(64, 2)].regret == 0
+    assert found[Size(64, 4)].drift == pytest.approx(0.0)
+    wide = found[Size(128, 2)]
+    assert wide.best_lr == 0.25
+    assert wide.drift == pytest.approx(-1.25)  # the lowest point of the parabola, between the rates tried
+    assert wide.regret == pytest.approx(0.1 * (1.25**2 - 0.25**2))
+
+
+def test_runs_are_kept_as_lines_and_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    runs = [ran(trial, -1.0) for trial in PLAN.trials("adamw", Size(64, 2), (0.5, 1.0))]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(run.line() + "\n" for run in runs) + runs[0].line()[:40])
+    assert transfer.read(path) == runs
+    diverged = Run(runs[0].trial, math.inf, math.inf, (), 1, 1.0, "2.0")
+    assert Run.from_line(diverged.line()) == diverged
+    with pytest.raises(FormatError, match="is not a run"):
+        Run.from_line('{"trial": {}}')
+
+
+def test_the_report_holds_its_pictures(tmp_path: Path) -> None:
+    runs = everything(PLAN, {size: -1.0 for size in PLAN.sizes()})
+    page, text, picture = transfer_report.write(runs, tmp_path, "modnorm-fx transfer hf:gpt2")
+    assert "data:image/png;base64," in page.read_text() and "width 128, depth 2" in page.read_text()
+    assert "modnorm-fx transfer hf:gpt2" in text.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    plan = Plan("hf:gpt2", (32,), (1,), ("adamw",), {"adamw": (0.001, 0.002, 0.004)}, 2, 2, 8, seeds=1)
+    path = tmp_path / "runs.jsonl"
+    done = [ran(trial, math.log2(0.002)) for trial in plan.trials("adamw", Size(32, 1), (0.001, 0.002))]
+    path.write_text("".join(run.line() + "\n" for run in done))
+    new: list[Trial] = []
+    runs = transfer.sweep(plan, path, jobs=1, watch=lambda run, *_: new.append(run.trial) if run else None)
+    assert [trial.lr for trial in new][:1] == [0.004]
+    assert transfer.read(path)[:2] == done and set(done) < set(runs)
+    assert all(math.isfinite(run.train_loss) for run in runs)
+
+
+def test_unknown_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModnormError, match="There is no optimizer 'adam'"):
+        transfer.sweep(Plan("hf:gpt2", (32,), (1,), ("adam",)), tmp_path / "x", jobs=1, watch=lambda *_: None)
+
+
+def test_mup_scales_what_grows_with_the_width() -> None:
+    """Table 8 of arXiv 2203.03466, relative to half the width: hidden matrices lr/2, all else lr."""
+    sizes = {"layers": 1, "vocab": 50, "context": 16}
+    model, small = build("hf:llama", width=64, **sizes), build("hf:llama", width=32, **sizes)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    setting = Setting(model, lambda: convert(model), lambda: small, 0.01, 0.1, 0)
+    optimizer = RECIPES["mup"].begin(setting)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        hidden = p.dim() == 2 and "embed" not in name and "lm_head" not in name
+        assert rate[id(p)] == pytest.approx(0.005 if hidden else 0.01), name
+        torch.testing.assert_close(p.detach(), before[name] * (0.5**0.5 if hidden else 1.0))
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(model.lm_head(x), x / 2 @ model.lm_head.weight.T)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_a_step(recipe: str) -> None:
+    trial = Trial("hf:llama", recipe, 32, 1, 0.01, 0, steps=2, batch=2, context=8, narrowest=32)
+    assert math.isfinite(transfer.run(trial).train_loss)
