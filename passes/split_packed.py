@@ -145,6 +145,8 @@ def _parts(
     """The slices the output is cut into, and the nodes that hold each; None where it is used whole or cut
     irregularly."""
     output = torch.empty(shape_of(layer.node), device="meta")
+    if not output.numel():
+        return None
     stride, features = output.stride(layer.axis), output.shape[layer.axis]
     parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]] = {}
     for holder, view in _cuts(layer.output, output, rules, constants, stride, features):

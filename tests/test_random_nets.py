@@ -22,8 +22,8 @@ from modnorm_fx.norm import ModularNorm
 from modnorm_fx.norm_json import to_json
 
 X = torch.randn(4, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
-often = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-seldom = settings(often, max_examples=20)
+often = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+seldom = settings(often, max_examples=12)
 
 
 def converted(net: nn.Module, convention: str = "tracked") -> ModularNorm:
