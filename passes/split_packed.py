@@ -24,7 +24,7 @@ from modnorm_fx.rules import RuleTable, arguments, shape_of
 from modnorm_fx.slices import take_slice
 
 from .canonicalize import aten, is_call, strip
-from .flow import Flow
+from .flow import SHAPE_ONLY, Flow
 from .layout import feature_slice, replay
 
 #: op -> (weight operand, axis of the features in the weight, axis of the features in the output)
@@ -79,8 +79,8 @@ def split_packed(
         return _parts(layer, rules, constants) if layer else None
 
     def alike(weight: fx.Node, parts: Mapping[Slice, object]) -> bool:
-        """Whether all uses of the weight are layers that are cut the same way, or were."""
-        users = [user for user in weight.users if user.target is not take_slice]
+        """Whether all that read entries of the weight are layers that are cut the same way, or were."""
+        users = [user for user in weight.users if user.target is not take_slice and user.target not in SHAPE_ONLY]
         return all((cut(user) or {}).keys() == parts.keys() for user in users)
 
     _release_types(module.graph)

@@ -311,3 +311,22 @@ def test_what_is_added_and_is_no_bias_leaves_the_layer_whole():
 
     staged = stage(With(function, w=(D, 2 * D), table=(5, 1)), torch.randn(5, D))
     assert staged.rewrite("packed") == {"packed": 0} and staged.error() == 0.0
+
+
+def test_a_weight_that_is_used_whole_elsewhere_stays_whole_and_one_whose_shape_is_read_does_not():
+    class Net(nn.Module):
+        def __init__(self, whole: bool):
+            super().__init__()
+            self.inner, self.whole = nn.Linear(D, 2 * D), whole
+
+        def forward(self, x):
+            a, b = self.inner(x).chunk(2, -1)
+            y = a * torch.sigmoid(b)
+            if self.whole:
+                return y, torch.linalg.vector_norm(self.inner.weight)
+            return y + self.inner.weight.new_zeros(D)
+
+    for whole, count in ((True, 0), (False, 1)):
+        staged = stage(Net(whole), X)
+        assert staged.rewrite("packed") == {"packed": count}
+        assert staged.error() < 1e-5
