@@ -41,7 +41,7 @@ from modnorm_fx.pipeline import convert
 
 from . import build, from_hf
 
-__all__ = ["Row", "cover", "families", "read", "without_model"]
+__all__ = ["Row", "cover", "families", "published", "read", "without_model"]
 
 Tell = Callable[["Row"], object]
 Examine = Callable[[str, Tell], "Row"]
@@ -304,6 +304,14 @@ def read(path: Path) -> dict[str, Row]:
         if isinstance(found, dict) and found.keys() == names:
             rows[found["spec"]] = Row(**found)
     return rows
+
+
+def published(path: Path) -> dict[str, Row]:
+    """The rows in the JSON of an earlier run, by family; those that another version of this file wrote are left out."""
+    names = {entry.name for entry in fields(Row)}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = [{key: value for key, value in row.items() if key != "good"} for row in found]
+    return {row["spec"]: Row(**row) for row in rows if row.keys() == names}
 
 
 def cover(

@@ -20,10 +20,11 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) | {"good": row.good} for row in sorted(rows, key=lambda row: row.spec)]
 
 
-def markdown(rows: Sequence[Row], command: str, without_model: Sequence[str] = ()) -> str:
+def markdown(rows: Sequence[Row], command: str, without_model: Sequence[str] = (), left: Sequence[str] = ()) -> str:
     """The page: what was run, totals, what went wrong, what was estimated, then a line per family.
 
-    `without_model` are architectures of transformers that are no family (`coverage.without_model`).
+    `without_model` are architectures of transformers that are no family (`coverage.without_model`), `left` are families
+    that have not been run.
     """
     rows = sorted(rows, key=lambda row: row.spec)
     used = sorted({f"{name} {version}" for row in rows for name, version in row.versions.items()})
@@ -36,6 +37,9 @@ def markdown(rows: Sequence[Row], command: str, without_model: Sequence[str] = (
         f"(to {SAME:g} of its RMS; where that was checked).\n",
         _totals(rows),
     ]
+    if left:
+        more = "1 more family has" if len(left) == 1 else f"{len(left)} more families have"
+        parts += [f"**{more} not been run**: the command goes on with them.\n"]
     parts += _section("Not good", [f"`{row.spec}`: {_complaint(row)}" for row in rows if not row.good])
     parts += _section(
         "Operations without a rule (their effect was sampled)",

@@ -290,7 +290,14 @@ def sweep(plan: Plan, path: Path, *, jobs: int, watch: Callable[[Run | None, int
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     trial = pending.pop(future)
-                    result = future.result()
+                    try:
+                        result = future.result()
+                    except BrokenProcessPool:
+                        raise
+                    except Exception as error:
+                        error.add_note(f"  (in the run of {trial.recipe}, {trial.size}, lr {trial.lr:g}; runs that "
+                                       f"ended are kept in {path})")  # fmt: skip
+                        raise
                     runs[trial] = result
                     file.write(result.line() + "\n")
                     file.flush()

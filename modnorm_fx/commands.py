@@ -192,9 +192,9 @@ def cover(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     both = not (args.hf or args.timm)
-    specs = coverage.families(hf=args.hf or both, timm=args.timm or both)
+    every = coverage.families(hf=args.hf or both, timm=args.timm or both)
     try:
-        specs = [spec for spec in specs if re.search(args.select, spec)]
+        specs = [spec for spec in every if re.search(args.select, spec)]
     except re.error as error:
         raise ModnormError(f"--select {args.select!r} is not a regular expression.", why=str(error)) from error
     if not specs:
@@ -210,13 +210,14 @@ def cover(args: argparse.Namespace) -> int:
                 tqdm.write(f"{row.spec}: {row.stage}: {first[:200]}", file=sys.stderr)
 
         coverage.cover(specs, work, jobs=args.jobs, timeout=args.timeout, again=args.again, watch=watch)
-    known = coverage.read(work)  # of earlier, narrower runs too
+    known = coverage.published(args.out) | coverage.read(work)  # of earlier, narrower runs too
     rows = [known[spec] for spec in sorted(known)]
     page = args.out.with_suffix(".md")
     command = shlex.join(["modnorm-fx", "coverage", *([] if both else ["--hf"] * args.hf + ["--timm"] * args.timm)])
     without_model = coverage.without_model() if args.hf or both else []
     args.out.write_text(json.dumps(coverage_report.as_json(rows), indent=1) + "\n", encoding="utf-8")
-    page.write_text(coverage_report.markdown(rows, command, without_model), encoding="utf-8")
+    left = [spec for spec in every if spec not in known]
+    page.write_text(coverage_report.markdown(rows, command, without_model, left), encoding="utf-8")
     bad = [row for row in rows if row.spec in set(specs) and not row.good]
     print(f"{len(specs) - len(bad)} of {len(specs)} families are good; wrote {args.out} and {page}")
     return 1 if bad else 0
@@ -253,7 +254,8 @@ def sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-SWEEP_BAR = "{l_bar}{bar}| {elapsed} of runs known so far, {remaining} left{postfix}"
+#: new runs turn up while others end: the time left is that of the runs known so far
+SWEEP_BAR = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
 
 
 def rates(given: str) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -226,7 +226,8 @@ def _unused(names: tuple[str, ...], selected: tuple[str, ...]) -> str:
     return (
         f"{len(names)} parameter{'s reach' if len(names) > 1 else ' reaches'} no {output} of the model on these inputs "
         f"and get no norm: {_listed(names)}. "
-        "If they should train, pass args/kwargs that use them."
+        "If they should train, pass args/kwargs that use them. (A gradient that only the backward of a custom autograd "
+        "function makes is not seen: such parameters need an optimizer of their own.)"
     )
 
 

@@ -67,6 +67,8 @@ def type_atoms(
 ) -> tuple[Weight, ...]:
     """The weights in order of first use, a layer's matrix before its bias.
 
+    A parameter whose uses overlap otherwise than the rows of a table is one sampled weight under ``unknown="sample"``.
+
     Raises WeightError naming every parameter that no atom describes.
     """
     weights: dict[tuple[str, tuple[Slice, ...]], Weight] = {}
@@ -120,6 +122,8 @@ def type_atoms(
     found: list[Weight] = []
     for name, parts in by_parameter.items():
         parts = _whole_tables(parts, shapes[name])
+        if unknown == "sample" and _overlaps(parts):
+            parts = [_joined(parts, Scalar(shapes[name]), sampled=True)]
         failures += _overlaps(parts)
         found += parts
     found.sort(key=lambda w: (w.uses[0][0], not w.uses[0][2].is_matrix))
@@ -216,11 +220,15 @@ def _whole_tables(parts: list[Weight], shape: tuple[int, ...]) -> list[Weight]:
     (axes,) = features
     if any(w.slices and w.slices[0].axis in axes for w in parts):
         return parts
-    whole = Table(shape, feature_axes=axes)
-    uses = tuple((node, operand, whole) for w in parts for node, operand, _ in w.uses)
+    return [_joined(parts, Table(shape, feature_axes=axes), sampled=any(w.sampled for w in parts))]
+
+
+def _joined(parts: list[Weight], whole: Atom, *, sampled: bool) -> Weight:
+    """One weight of all parts of a parameter, which is the atom ``whole`` at each of their uses."""
     name = parts[0].parameter
+    uses = tuple((node, operand, whole) for w in parts for node, operand, _ in w.uses)
     affine = tuple(a for w in parts for a in w.affine)
-    return [Weight(name, name, (), shape, uses, any(w.sampled for w in parts), affine)]
+    return Weight(name, name, (), whole.shape, uses, sampled, affine)
 
 
 def _overlaps(parts: list[Weight]) -> list[str]:

@@ -424,6 +424,18 @@ def test_a_narrower_run_keeps_the_other_rows(few: None, capsys: pytest.CaptureFi
     assert [row["spec"] for row in json.loads(out.read_text())] == ["hf:a-tiny", "hf:b-tiny"]
 
 
+def test_rows_of_a_published_page_stay_without_its_work_file(
+    few: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "coverage.json"
+    run(capsys, "--hf", "--select", "a-tiny", "--out", out)
+    for left in tmp_path.glob("*.jsonl"):  # a clean clone has the pages only
+        left.unlink()
+    run(capsys, "--hf", "--select", "b-tiny", "--out", out)
+    assert [row["spec"] for row in json.loads(out.read_text())] == ["hf:a-tiny", "hf:b-tiny"]
+    assert "**1 more family has not been run**" in out.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize(("pattern", "why"), [("gtp9", "No family matches"), ("(", "not a regular expression")])
 def test_a_pattern_that_selects_nothing(
     few: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, pattern: str, why: str

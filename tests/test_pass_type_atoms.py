@@ -10,6 +10,7 @@ from staged import REWRITES, With, stage
 from torch import Tensor, nn
 
 from modnorm_fx import atoms as A
+from modnorm_fx import convert
 from modnorm_fx.errors import WeightError
 
 X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
@@ -225,3 +226,11 @@ def test_sampled_on_request():
 
 def test_harmless_maps_of_a_matrix():
     assert one(lambda s, x: F.linear(x, -s.w), w=(8, 16)) == A.Linear((8, 16))
+
+
+def test_overlapping_uses_are_one_sampled_weight_on_request():
+    model = With(lambda s, x: F.linear(x, s.w) * F.linear(x, s.w[:1]), w=(16, 16))
+    with pytest.warns(UserWarning, match="estimated by running ops"):
+        norm = convert(model, (torch.randn(2, 6, 16),))
+    assert [(leaf.key, leaf.atom, leaf.status) for leaf in norm.leaves] == [("w", A.Scalar((16, 16)), "sampled")]
+    assert norm.leaves[0].target > 0
