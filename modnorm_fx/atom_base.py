@@ -15,7 +15,8 @@ from .errors import FormatError, WeightError
 __all__ = ["Atom", "Slice", "Vectors", "shares"]
 
 Vectors = Tensor | tuple["Vectors | None", ...]
-"""Power vectors: `[pieces, 8, in]` float32, or a tuple of them for `Tied` (None for parts without a spectral norm)."""
+"""Power vectors: `[pieces, 8, columns]` float32, for the matrices as they are stored, or a tuple of them for `Tied`
+(None for parts without a spectral norm)."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Atom:
         return self.piece_norms(w).max().float()
 
     def start_vectors(self, w: Tensor) -> Vectors | None:
-        """Power vectors `[pieces, 8, in]` of `w`, float32, converged from a deterministic start; None where there is no
-        spectral norm, or where the exact one is as cheap (a side of at most 8)."""
+        """Power vectors `[pieces, 8, columns]` of `w`, float32, converged from a deterministic start; None where there
+        is no spectral norm, or where the exact one is as cheap (a side of at most 8)."""
         return None
 
     def estimate(self, w: Tensor, vectors: Vectors | None = None) -> tuple[Tensor, Vectors | None]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import runtime
+from . import fused_adamw, runtime
 
 __all__ = ["Active", "BaseStep", "announce"]
 
@@ -76,37 +76,51 @@ class BaseStep:
         self.weight_dependent = type(base) not in WEIGHT_INDEPENDENT if weight_dependent is None else weight_dependent
         self.lr = [1.0] * len(base.param_groups)  # of each group, while its updates are read
 
-    def updates(self, groups: Groups, active: Active, closure: Callable[[], Any] | None = None) -> list[Tensor]:
-        """The base's update of each active parameter, sign included; the weights are put back whatever happens.
+    def update_type(self, parameter: Tensor) -> torch.dtype:
+        """The dtype of the update of a parameter: its own, or what differences of weights are taken in."""
+        return runtime.working(parameter).dtype if self.weight_dependent else parameter.dtype
+
+    def write_updates(
+        self, groups: Groups, active: Active, into: Mapping[str, Tensor], closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Writes the base's update of each active parameter, sign included; the weights are put back whatever happens.
 
         Args:
             groups: the wrapper's parameter groups, whose settings (but lr and weight decay) the base uses.
             active: parameters with a gradient. With a closure, filled by the closure.
+            into: where updates go, by name: shaped like the parameters, of dtype `update_type`, whatever they hold.
             closure: passed to the base.
-
-        Returns:
-            Tensors shaped like the parameters, in the parameters' dtype or in float32.
         """
+        if closure is None and fused_adamw.takes(self.base, active):
+            with self._gradients_for_base(groups, active), self._settings_for_base(groups, keep_lr=False):
+                fused_adamw.write_updates(self.base, active, into)
+            return
         params = [p for _, _, p in active]
         if closure is not None:  # which of them will have gradients is not known yet
             params = [p for group in groups for p in group["params"] if p.requires_grad]
         weights = [p.data for p in params]
+        spaces = {p: into[name] for _, name, p in active}  # none yet with a closure, which a weight dependent base gets
+        if not self.weight_dependent and spaces:
+            torch._foreach_zero_(list(spaces.values()))
         keep_lr = closure is not None or isinstance(self.base, LR_IS_STATE)
         with self._gradients_for_base(groups, active), self._settings_for_base(groups, keep_lr):
             try:
                 for p, weight in zip(params, weights, strict=True):
-                    p.data = weight.clone() if self.weight_dependent else torch.zeros_like(weight)
+                    direct = p in spaces and weight.is_contiguous()
+                    zeros = spaces[p] if direct else torch.zeros_like(weight)
+                    p.data = weight.clone() if self.weight_dependent else zeros
                 self.base.step() if closure is None else self.base.step(closure)
                 stepped = {p: p.data for p in params}
             finally:
                 for p, weight in zip(params, weights, strict=True):
                     p.data = weight
-        if not self.weight_dependent:
-            return [stepped[p] for _, _, p in active]
-        updates = [runtime.working(stepped[p]) - runtime.working(p) for _, _, p in active]
-        if not keep_lr:
-            self._raise_lr(active, updates)
-        return updates
+        for _, name, p in active:
+            if not self.weight_dependent and stepped[p] is not into[name]:
+                into[name].copy_(stepped[p])
+            elif self.weight_dependent:
+                torch.sub(runtime.working(stepped[p]), runtime.working(p.data), out=into[name])
+        if self.weight_dependent and not keep_lr:
+            self._raise_lr(active, [into[name] for _, name, _ in active])
 
     @contextmanager
     def _gradients_for_base(self, groups: Groups, active: Active) -> Iterator[None]:

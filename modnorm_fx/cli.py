@@ -75,6 +75,16 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--stage", required=True, choices=STAGES, help="the stage")
     explain.set_defaults(run=commands.explain)
 
+    usage = "modnorm-fx emit SPEC [options]"
+    emit = add("emit", usage=usage, help="write the source of a model's normaliser")
+    emit.add_argument("--out", metavar="FILE", type=Path, help="default: standard output")
+    emit.add_argument("--mode", choices=("normalize", "dualize"), default="normalize", help="default: %(default)s")
+    emit.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of updates (%(default)s)"
+    )
+    emit.add_argument("--device", default="cpu", help="of updates (default: %(default)s)")
+    emit.set_defaults(run=commands.emit)
+
     usage = "modnorm-fx train SPEC [options]"
     training = add("train", usage=usage, help="train a causal language model or an image classifier")
     training.add_argument(

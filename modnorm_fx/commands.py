@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import report
+from . import codegen, report
 from .errors import CaptureError, ModnormError
 from .models_zoo import SIZES, build, coverage, coverage_report, transfer, transfer_report
 from .models_zoo.recipes import RECIPES
@@ -27,7 +27,7 @@ from .norm import ModularNorm
 from .optim import ModularOptimizer
 from .pipeline import convert
 
-__all__ = ["OPTIMIZERS", "cover", "explain", "inspect", "rates", "sweep", "train"]
+__all__ = ["OPTIMIZERS", "cover", "emit", "explain", "inspect", "rates", "sweep", "train"]
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def _working(what: str) -> Iterator[None]:
         yield
 
 
-# inspect, explain -----------------------------------------------------------------------------------------------------
+# inspect, explain, emit -----------------------------------------------------------------------------------------------
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, int | None]:
@@ -67,16 +67,20 @@ def _norm_without_weights(args: argparse.Namespace) -> ModularNorm:
     return _norm(args, model)
 
 
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise ModnormError(f"Cannot write {path}.", why=str(error)) from error
+    print(f"wrote {path}", file=sys.stderr)
+
+
 def inspect(args: argparse.Namespace) -> int:
     """Prints the norm tree, and writes it where asked."""
     norm = _norm_without_weights(args)
     for path, write in ((args.json, norm.save), (args.html, norm.to_html)):
         if path is not None:
-            try:
-                write(path)
-            except OSError as error:
-                raise ModnormError(f"Cannot write {path}.", why=str(error)) from error
-            print(f"wrote {path}", file=sys.stderr)
+            _write(path, write)
     if args.flat:
         print(report.flat(norm))
     elif not _print_coloured(norm):
@@ -100,6 +104,18 @@ def _print_coloured(norm: ModularNorm) -> bool:
 def explain(args: argparse.Namespace) -> int:
     """Prints one stage of the conversion."""
     print(_norm_without_weights(args).explain(args.stage))
+    return 0
+
+
+def emit(args: argparse.Namespace) -> int:
+    """Writes the source of the model's normaliser."""
+    dtype = getattr(torch, args.dtype)
+    norm = _norm_without_weights(args)
+    text = codegen.source(norm, dict.fromkeys(norm.shapes, (dtype, torch.device(args.device))), args.mode)
+    if args.out is None:
+        print(text, end="")
+        return 0
+    _write(args.out, lambda path: path.write_text(text, encoding="utf-8"))
     return 0
 
 

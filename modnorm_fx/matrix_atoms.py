@@ -23,7 +23,8 @@ class _Spectral(Atom):
     decays: ClassVar[bool] = True
 
     def matrices(self, w: Tensor) -> Tensor:
-        """The pieces `[P, out, in]`, a view where there is one."""
+        """The pieces `[P, out, in]`, or `[P, in, out]` where they are stored so (singular values are the same); a view
+        where there is one."""
         raise NotImplementedError
 
     def _assemble(self, pieces: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class _Spectral(Atom):
         return self._assemble(factor * (shares(sigma) / self.unit)[:, None, None])
 
     def _draw(self, w: Tensor, generator: torch.Generator | None) -> Tensor:
-        pieces = runtime.semi_orthogonal(*self.piece_shape, generator=generator, device=w.device)
+        pieces = runtime.semi_orthogonal(*self.matrices(w).shape, generator=generator, device=w.device)
         return self._assemble(pieces / self.unit)
 
 
@@ -86,10 +87,10 @@ class Linear(_Spectral):
         return 1, self.out, self.into
 
     def matrices(self, w: Tensor) -> Tensor:
-        return (w.mT if self.transposed else w).unsqueeze(0)
+        return w.unsqueeze(0)
 
     def _assemble(self, pieces: Tensor) -> Tensor:
-        return pieces[0].mT if self.transposed else pieces[0]
+        return pieces[0]
 
     def describe(self) -> str:
         return f"Linear {self.into}→{self.out}"
@@ -123,11 +124,9 @@ class Conv(_Spectral):
         return self.taps * super().unit
 
     def matrices(self, w: Tensor) -> Tensor:
-        taps_first = w.reshape(self.groups, -1, self.shape[1], self.taps).permute(0, 3, 1, 2).flatten(0, 1)
-        return taps_first.mT if self.transposed else taps_first
+        return w.reshape(self.groups, -1, self.shape[1], self.taps).permute(0, 3, 1, 2).flatten(0, 1)
 
     def _assemble(self, pieces: Tensor) -> Tensor:
-        pieces = pieces.mT if self.transposed else pieces
         return pieces.unflatten(0, (self.groups, self.taps)).permute(0, 2, 3, 1).reshape(self.shape)
 
     def spread(self, numbers: Tensor) -> Tensor:
@@ -173,10 +172,10 @@ class Experts(_Spectral):
         return (experts, second, first) if self.transposed else (experts, first, second)
 
     def matrices(self, w: Tensor) -> Tensor:
-        return w.mT if self.transposed else w
+        return w
 
     def _assemble(self, pieces: Tensor) -> Tensor:
-        return pieces.mT if self.transposed else pieces
+        return pieces
 
     def spread(self, numbers: Tensor) -> Tensor:
         return numbers[:, None, None]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from .atoms import Atom, Slice, Tied
 from .conventions import Convention
 from .errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
 from .explain import Conversion
+
+if TYPE_CHECKING:
+    from .normalizer import Normalizer
 
 __all__ = ["Leaf", "ModularNorm"]
 
@@ -266,6 +270,30 @@ class ModularNorm:
         """Replaces updates in place by the steepest-descent step of norm ``target``: the dual of each leaf (modular
         duality)."""
         self._each(updates, lambda leaf, part: leaf.atom.dualize_(part, target * leaf.target))
+
+    def normalizer(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        mode: str = "normalize",
+        backend: str = "auto",
+    ) -> Normalizer:
+        """The generated code of this norm at work on stacked updates; its text is ``.source``.
+
+        ``normalizer.normalize_(updates)`` does what ``normalize_`` does here for a dict of all updates, in a few
+        batched operations, with spectral norms estimated by power iteration.
+
+        Args:
+            device, dtype: where and in what type updates are stacked.
+            mode: "normalize" or "dualize". backend: as in ``ModularOptimizer``.
+
+        Raises OptimizerError for another mode or backend.
+        """
+        from .codegen import make
+
+        placement = dtype, torch.device(device)
+        return make(self, {name: placement for name in self._by_weight}, mode, backend)
 
     @torch.no_grad()
     def initialize_(self, model: nn.Module, generator: torch.Generator | None = None) -> None:

@@ -16,20 +16,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import step_op
 from .base_step import Active, BaseStep, announce, logger
+from .codegen import make
 from .errors import FormatError, ModelMismatchError, NonFiniteError, OptimizerError
+from .graph import GraphedStep, check_capturable
+from .normalizer import BACKENDS, Normalizer
 
 if TYPE_CHECKING:
-    from .atoms import Vectors
-    from .norm import Leaf, ModularNorm
+    from .norm import ModularNorm
 
 __all__ = ["ModularOptimizer"]
 
-VERSION = 1
-
-COLD_STEPS = 8
-"""In a leaf's first steps power iteration runs to convergence, from a cold start. While the base warms up, its updates
-turn too fast to follow: in a small GPT under Adam a single warm iteration was up to 26% low in steps 2 to 6."""
+VERSION = 2
 
 
 class _Refused(Exception):
@@ -51,8 +50,10 @@ class ModularOptimizer(Optimizer):
         weight_decay: decoupled decay in proportion to the targets (the paper's `regularize`): a matrix leaf is
             multiplied by `1 - lr·weight_decay·target`. Vectors (gains, biases) do not decay.
         mode: "normalize" scales the base's update (the paper); "dualize" replaces it by its dual, the steepest step.
-        backend: "auto" or "eager".
-        nonfinite: "raise" NonFiniteError when a gradient or update holds NaN or infinity, or "skip" that step.
+        backend: of the generated normaliser: "auto", "eager", "compile" (see `Normalizer`), or "cudagraph" (on a GPU,
+            the whole step is captured once its power vectors are warm, and replayed: see `graph`).
+        nonfinite: "raise" NonFiniteError when a gradient or update holds NaN or infinity, "skip" that step, or leave it
+            "unchecked" (no synchronisation, one reading of the gradients less).
         weight_dependent: whether the base's update depends on the weights; None looks its class up.
 
     Gradients are checked before the base is stepped, updates afterwards: weights and power vectors never change in a
@@ -74,8 +75,8 @@ class ModularOptimizer(Optimizer):
         lr: float = 1.0,
         weight_decay: float = 0.0,
         mode: Literal["normalize", "dualize"] = "normalize",
-        backend: Literal["auto", "eager"] = "auto",
-        nonfinite: Literal["raise", "skip"] = "raise",
+        backend: Literal["auto", "eager", "compile", "cudagraph"] = "auto",
+        nonfinite: Literal["raise", "skip", "unchecked"] = "raise",
         weight_dependent: bool | None = None,
     ):
         if not isinstance(base, Optimizer) or isinstance(base, ModularOptimizer):
@@ -84,8 +85,8 @@ class ModularOptimizer(Optimizer):
                 do="pass, for example, torch.optim.AdamW(model.parameters())",
             )
         _check_choice("mode", mode, ("normalize", "dualize"))
-        _check_choice("backend", backend, ("auto", "eager"))
-        _check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        _check_choice("backend", backend, BACKENDS)
+        _check_choice("nonfinite", nonfinite, ("raise", "skip", "unchecked"))
         if base.defaults.get("differentiable"):
             raise OptimizerError("The base was built with differentiable=True, which a ModularOptimizer cannot keep.")
         _check_number("lr", lr)
@@ -93,15 +94,16 @@ class ModularOptimizer(Optimizer):
 
         self.base, self.norm, self.mode, self.backend, self.nonfinite = base, norm, mode, backend, nonfinite
         self._base_step = BaseStep(base, weight_dependent)
-        self._leaves: dict[str, list[Leaf]] = {}
-        for leaf in norm.leaves:
-            self._leaves.setdefault(leaf.weight, []).append(leaf)
-        covered = {name: sum(math.prod(leaf.atom.shape) for leaf in leaves) for name, leaves in self._leaves.items()}
-        self._partial = {name for name, count in covered.items() if count < math.prod(norm.shapes[name])}
+        self._used = {leaf.weight for leaf in norm.leaves}
         self._names: dict[Tensor, str] = {}
-        self._vectors: dict[str, Vectors] = {}
-        self._cold_steps: dict[str, int] = {}  # taken so far, by leaf
+        self._normalizer: Normalizer | None = None
+        self._saved: dict[str, Any] = {}  # its state, while there is none
+        self._graph: GraphedStep | None = None
+        self._number = step_op.enlist(self)
         self._check_known([(i, p) for i, group in enumerate(base.param_groups) for p in group["params"]])
+
+        if backend == "cudagraph":
+            check_capturable(base, self._base_step.weight_dependent)
 
         own = {"lr": lr, "weight_decay": weight_decay}
         groups = [_without_names(group) | own for group in base.param_groups]
@@ -147,15 +149,13 @@ class ModularOptimizer(Optimizer):
         """
         packed = super().state_dict()
         base = self.base.state_dict()
-        vectors = {key: _as_lists(value) for key, value in self._vectors.items()}
         packed["state"] = base.pop("state")
         packed["base_param_groups"] = base.pop("param_groups")
         packed["modnorm"] = {
             "version": VERSION,
             "digest": self.norm.digest,
             "mode": self.mode,
-            "vectors": vectors,
-            "cold_steps": dict(self._cold_steps),
+            "leaves": self._saved if self._normalizer is None else self._normalizer.state(),
             "base_lr": list(self._base_step.lr),
             "base_extra": base,
         }
@@ -184,7 +184,7 @@ class ModularOptimizer(Optimizer):
                 f"This optimizer state has version {saved.get('version')}; this package reads version {VERSION}.",
                 do="load it with the version of modnorm_fx that saved it",
             )
-        same_leaves = saved["vectors"].keys() <= {leaf.key for leaf in self.norm.leaves}
+        same_leaves = saved["leaves"].keys() <= {leaf.key for leaf in self.norm.leaves}
         if saved.get("digest") != self.norm.digest or not same_leaves:
             raise OptimizerError(
                 "This optimizer state was saved with another norm.",
@@ -202,15 +202,21 @@ class ModularOptimizer(Optimizer):
         self.base.load_state_dict(theirs | saved.get("base_extra", {}))
         for group, loaded in zip(self.param_groups, copy.deepcopy(state_dict["param_groups"]), strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
-        self._vectors = {key: _as_tuples(value) for key, value in saved["vectors"].items()}
-        self._cold_steps = dict(saved["cold_steps"])
+        self._saved, self._normalizer, self._graph = saved["leaves"], None, None
         self._base_step.lr = list(saved["base_lr"])
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         skipped = ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured", "step")
-        return {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
+        kept = {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
+        if self._normalizer is not None:  # generated again by the copy's first step
+            kept |= {"_normalizer": None, "_graph": None, "_saved": self._normalizer.state()}
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = step_op.enlist(self)  # a copy is another optimizer
 
     # The step --------------------------------------------------------------------------------------------------------
 
@@ -221,6 +227,15 @@ class ModularOptimizer(Optimizer):
         A closure is passed on to a base that depends on the weights, which may call it several times; otherwise it is
         called once.
         """
+        if torch.compiler.is_compiling() and closure is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            moving = [p for p in params if p.requires_grad and p.grad is not None]
+            step_op.step(moving, [p.grad for p in moving], self._number)  # type: ignore[misc]
+            return None
+        return self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         losses = []
         active: Active = []
 
@@ -237,19 +252,51 @@ class ModularOptimizer(Optimizer):
             elif not self._base_step.weight_dependent:
                 evaluate()
             passed_on = evaluate if closure is not None and self._base_step.weight_dependent else None
-            updates = self._base_step.updates(self.param_groups, active, passed_on)
-            vectors = self._scale_to_targets(active, updates)
-            self._refuse_nonfinite("update", active, updates)
+            normalizer = self._ready()
+            if self.backend == "cudagraph" and normalizer.is_warm:
+                self._replay(normalizer, active)
+            else:
+                self._run(normalizer, active, passed_on)
         except _Refused as refused:
             if self.nonfinite == "raise":
                 raise refused.error from None
             logger.info("step skipped: %s", refused.error.what)
-        else:
-            self._vectors.update(vectors)
-            for key in vectors:
-                self._cold_steps[key] = min(self._cold_steps.get(key, 0) + 1, COLD_STEPS)
-            self._apply(active, updates)
         return losses[0] if losses else None
+
+    def _run(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> None:
+        """The step, operation by operation."""
+        factors = self._factors(normalizer, active, closure)
+        if self.nonfinite != "unchecked" and (bad := normalizer.refused(factors)):
+            self._refuse("update", bad)
+        normalizer.keep()
+        normalizer.apply_(factors, {name: p for _, name, p in active}, normalizer.rates(self._settings(active)))
+
+    def _factors(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> list[Tensor]:
+        self._base_step.write_updates(self.param_groups, active, normalizer.updates, closure)
+        moving = {name for _, name, _ in active}
+        still = [update for name, update in normalizer.updates.items() if name not in moving]
+        if still:
+            torch._foreach_zero_(still)
+        return normalizer.factors()
+
+    def _settings(self, active: Active) -> dict[str, tuple[float | Tensor, float]]:
+        """Learning rate and weight decay of every parameter that steps."""
+        groups = self.param_groups
+        return {name: (groups[i]["lr"], groups[i]["weight_decay"]) for i, name, _ in active}
+
+    def _replay(self, normalizer: Normalizer, active: Active) -> None:
+        """The step as a CUDA graph, captured when there is none for these parameters and settings."""
+        if self._graph is None or not self._graph.fits(self, normalizer, active):
+            self._graph = None  # its memory is free before the next one is captured
+            self._graph = GraphedStep(self, normalizer, active)
+        if self._graph.replay(self._settings(active), active):
+            self._refuse("update", normalizer.refused(self._graph.factors) or ["a weight"])
+
+    def release(self) -> None:
+        """Frees the CUDA graph and the normaliser's buffers; the next step makes them again, with the same state."""
+        if self._normalizer is not None:
+            self._saved = self._normalizer.state()
+        self._graph = self._normalizer = None
 
     def _active(self) -> Active:
         """Everything with a gradient, after all checks; nothing is changed."""
@@ -268,13 +315,14 @@ class ModularOptimizer(Optimizer):
                     why="the norm of an update is taken over the whole weight",
                     do="build the embedding with sparse=False",
                 )
-            if name not in self._leaves:
+            if name not in self._used:
                 raise OptimizerError(
                     f"{name} has a gradient, but the norm lists it as unused.",
                     why="the graph that convert() captured does not use it",
                     do="convert the model with inputs (args, kwargs) that use it, or freeze it",
                 )
-        self._refuse_nonfinite("gradient", active, [p.grad for _, _, p in active])
+        if self.nonfinite != "unchecked":
+            self._refuse_nonfinite_gradients(active)
         return active
 
     def _check_known(self, params: list[tuple[int, Tensor]]) -> None:
@@ -299,11 +347,15 @@ class ModularOptimizer(Optimizer):
                 do="convert the model after the last change to it, and give the optimizer that model's parameters",
             )
 
-    def _refuse_nonfinite(self, what: str, active: Active, tensors: list[Any]) -> None:
-        """Raise _Refused, naming the weight, if a tensor holds NaN or infinity. One synchronisation when none does."""
-        if not tensors or torch.nn.utils.get_total_norm(tensors, float("inf")).isfinite():
-            return
-        bad = [name for (_, name, _), tensor in zip(active, tensors, strict=True) if not tensor.isfinite().all()]
+    def _refuse_nonfinite_gradients(self, active: Active) -> None:
+        """Raise _Refused, naming the weight, if a gradient holds NaN or infinity. One synchronisation if none does."""
+        gradients: list[Any] = [p.grad for _, _, p in active]
+        if not gradients or torch.nn.utils.get_total_norm(gradients).isfinite():
+            return  # a sum of squares is the quickest look at all entries; large ones can overflow it
+        if bad := [name for _, name, p in active if not p.grad.isfinite().all()]:
+            self._refuse("gradient", bad)
+
+    def _refuse(self, what: str, bad: list[str]) -> None:
         others = f" (and of {len(bad) - 1} other weights)" if len(bad) > 1 else ""
         untouched = "nothing was" if what == "gradient" else "the weights were not"
         error = NonFiniteError(
@@ -312,49 +364,20 @@ class ModularOptimizer(Optimizer):
         )
         raise _Refused(error)
 
-    def _scale_to_targets(self, active: Active, updates: list[Tensor]) -> dict[str, Vectors]:
-        """Bring every leaf of every update to its target, in place; returns the new power vectors."""
-        vectors = {}
-        for (_, name, _), update in zip(active, updates, strict=True):
-            if name in self._partial:  # entries that no leaf describes do not move
-                rest = update.clone()
-                for leaf in self._leaves[name]:
-                    part = leaf.read(rest)
-                    leaf.write_(rest, part.zero_())
-                update -= rest
-            for leaf in self._leaves[name]:
-                part = leaf.read(update)
-                after = self._scale_leaf(leaf, part)
-                if after is not None:
-                    vectors[leaf.key] = after
-                leaf.write_(update, part)
-        return vectors
-
-    def _scale_leaf(self, leaf: Leaf, part: Tensor) -> Vectors | None:
-        """Normalise or dualise one leaf in place; returns its power vectors, if it has a spectral norm."""
-        if self.mode == "dualize":
-            leaf.atom.dualize_(part, leaf.target)
-            return None
-        vectors = self._vectors.get(leaf.key)
-        if self._cold_steps.get(leaf.key, 0) < COLD_STEPS:
-            vectors = leaf.atom.start_vectors(part)
-            if vectors is not None and not part.any():
-                vectors = None  # a zero update teaches nothing
-        return leaf.atom.normalize_(part, leaf.target, vectors)
-
-    def _apply(self, active: Active, updates: list[Tensor]) -> None:
-        """Decay, then `p += lr · update`; the update carries the sign of a descent step."""
-        for (index, name, p), update in zip(active, updates, strict=True):
-            group = self.param_groups[index]
-            lr, decay = group["lr"], group["weight_decay"]
-            for leaf in self._leaves[name]:
-                if decay and leaf.atom.decays:
-                    part = leaf.read(p)
-                    leaf.write_(p, part.mul_(1.0 - lr * decay * leaf.target))
-            if isinstance(lr, Tensor):
-                p.add_(update * lr)
-            else:
-                p.add_(update, alpha=lr)
+    def _ready(self) -> Normalizer:
+        """The normaliser for the parameters as they are now: made again, with its state, when they have changed."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        placements = {
+            self._names[p]: (self._base_step.update_type(p), p.device) for p in params if self._names[p] in self._used
+        }
+        if self._normalizer is None or placements != self._placements:
+            if self._normalizer is not None:
+                self._saved = self._normalizer.state()
+            self._graph = None
+            self._normalizer = make(self.norm, placements, self.mode, self.backend)
+            self._normalizer.load_state(self._saved)
+            self._placements, self._saved = placements, {}
+        return self._normalizer
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -370,11 +393,3 @@ def _check_number(name: str, value: Any) -> None:
 def _without_names(group: dict[str, Any]) -> dict[str, Any]:
     """A base's group for the wrapper: parameter names stay with the base."""
     return {key: value for key, value in group.items() if key not in ("param_names", "initial_lr")}
-
-
-def _as_lists(vectors: Any) -> Any:
-    return [_as_lists(v) for v in vectors] if isinstance(vectors, tuple) else vectors
-
-
-def _as_tuples(vectors: Any) -> Any:
-    return tuple(_as_tuples(v) for v in vectors) if isinstance(vectors, list) else vectors

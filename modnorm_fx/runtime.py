@@ -12,21 +12,40 @@ Paper: section 3 and the appendix (normalisation of whole updates, power iterati
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .kernels import cpu
+
 __all__ = [
     "BLOCK",
+    "Line",
     "PIECE_CAP",
     "TINY",
+    "exact",
+    "factors",
+    "largest",
+    "largest_eigenvalue",
+    "most",
+    "orthogonal",
     "piece_factors",
     "polar_factor",
     "power_iteration",
     "probe",
+    "put_",
+    "ritz",
     "row_rms",
+    "run",
     "semi_orthogonal",
+    "sign",
+    "spectral",
     "spectral_norms",
     "start_vectors",
+    "take",
     "working",
 ]
 
@@ -44,6 +63,11 @@ BLOCK = 8
 """Power vectors per matrix. The updates of a training run turn, and large singular values change places: with one
 vector and one iteration a step, one step in a hundred was found 20-25% low (momentum 0.9, batch 32). Eight vectors
 read the matrix no more often and were 2-3% low. With a side of at most 8 the exact norm is as cheap: no vectors."""
+
+JITTER = 1e-6
+"""Added to the diagonal of Gram matrices of trace 1 before Cholesky: a few roundings of float32."""
+
+SQUARINGS = 8
 
 START_TOLERANCE = 1e-3
 START_LIMIT = 64
@@ -68,6 +92,27 @@ def _unit(x: Tensor) -> Tensor:
     largest = x.abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1.0)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=TINY)
+
+
+def largest_eigenvalue(gram: Tensor) -> Tensor:
+    """Largest eigenvalue `[P]` of symmetric non-negative `[P, k, k]`, at most 0.1% low. NaN stays NaN.
+
+    The matrix is squared `SQUARINGS` times, which leaves one eigenvector, or several whose eigenvalues hardly differ;
+    the column with the largest diagonal entry gives a Rayleigh quotient. If it holds the share s of an eigenvector with
+    eigenvalue 1 - d, the quotient is low by d·s²/(1 + s²) with s = (1 - d)^256, at most 1/(2e·256). Unlike an
+    eigenvalue solver it needs no synchronisation, so that a CUDA graph can hold it.
+    """
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).real
+    scaled = gram / torch.where(size > 0, size, 1.0)[:, None, None]
+    power = scaled
+    for _ in range(SQUARINGS):
+        trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).real
+        power = power @ power / torch.where(trace > 0, trace * trace, 1.0)[:, None, None]
+    best = power.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
+    column = power.take_along_dim(best[:, None, None], dim=2)
+    above = (column.mH @ (scaled @ column)).flatten().real
+    below = torch.linalg.vector_norm(column, dim=(-2, -1)) ** 2
+    return size * above / torch.where(below == 0, 1.0, below)
 
 
 def _largest_singular(wide: Tensor) -> Tensor:
@@ -98,15 +143,17 @@ def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         matrices: `[P, out, in]`.
         vectors: `[P, k, in]` with `k <= out`; only their span matters. For k = 1 this is the iteration of `modula`.
 
-    `Y = orthonormal basis of W·vectors`, new vectors `WᵀY`, estimate their largest singular value, never above W's. Nor
-    is the estimate ever below the longest row of W, itself a lower bound: where that wins, the vectors have lost track,
-    and the row becomes one of them. A zero piece keeps its vectors.
+    `v = W·vectors` and `z = Wᵀv` take one reading of W. With `Y` an orthonormal basis of the span of v (`ritz`), the
+    new vectors are WᵀY and the estimate is their largest singular value, never above W's. Nor is the estimate ever
+    below the longest row of W, itself a lower bound: where that wins, the vectors have lost track, and the row becomes
+    one of them. A zero piece keeps its vectors.
     """
+    if vectors.shape[-2] == BLOCK and matrices.stride(-1) == 1 and cpu.takes(matrices, vectors):
+        return _power_step(matrices, vectors) if torch.compiler.is_compiling() else _power_step_(matrices, vectors)
     m = working(matrices)
     u = vectors.to(device=m.device, dtype=m.dtype)
-    y = torch.linalg.qr((u @ m.mH).mH).Q.mH.contiguous()
-    product = y @ m
-    estimate = _largest_singular(product)
+    v = u @ m.mH
+    estimate, product = ritz(v, v @ m)
 
     longest, index = torch.linalg.vector_norm(m, dim=-1).max(-1)
     row = m.take_along_dim(index[:, None, None], dim=1)
@@ -116,6 +163,44 @@ def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     fresh = _unit(product) + DITHER * _start_block(u.shape[-2], u.shape[-1], m.device)
     single = torch.complex64 if m.is_complex() else torch.float32
     return estimate, torch.where(estimate[:, None, None] > TINY, fresh, u).to(single)
+
+
+def ritz(v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """From `v = u Wᴴ` `[P, k, out]` and `z = v W` `[P, k, in]`: `(largest singular value [P], Y W [P, k, in])` for an
+    orthonormal basis Y of the rows of v.
+
+    Cholesky: `v vᴴ = t L Lᴴ` with its trace t, so `Y = L⁻¹ v / √t` is orthonormal and `Y W = L⁻¹ z / √t`: W is not read
+    again. `JITTER` keeps L invertible where rows of v depend on each other, and costs at most its size.
+    """
+    gram = v @ v.mH
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).real
+    nonzero = torch.where(trace > 0, trace, 1.0)[:, None, None]
+    gram = gram / nonzero
+    gram = gram + JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    lower, _ = torch.linalg.cholesky_ex(gram)
+    product = torch.linalg.solve_triangular(lower, z / nonzero.sqrt(), upper=False)
+    return largest_eigenvalue(product @ product.mH).clamp(min=0.0).sqrt(), product
+
+
+def _power_step_(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    return cpu.power_step(matrices, vectors, _dither(matrices.shape[-1]), DITHER)
+
+
+@torch.library.custom_op("modnorm_fx::power_step", mutates_args=())
+def _power_step(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The C++ kernel as an op that torch.compile leaves whole."""
+    return _power_step_(matrices, vectors)
+
+
+@_power_step.register_fake
+def _(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    return matrices.new_empty(matrices.shape[0]), torch.empty_like(vectors)
+
+
+@functools.cache
+def _dither(size: int) -> Tensor:
+    """`_start_block` for a kernel on the CPU, made once for each size."""
+    return _start_block(BLOCK, size, torch.device("cpu"))
 
 
 def _start_block(count: int, size: int, device: torch.device) -> Tensor:
@@ -161,6 +246,153 @@ def polar_factor(matrices: Tensor) -> tuple[Tensor, Tensor]:
     noise = s[:, :1] * (torch.finfo(m.dtype).eps * max(m.shape[-2:]))
     factor = (u * (s > noise).to(m.dtype)[:, None, :]) @ vt
     return torch.where(finite[:, None, None], factor, torch.nan), torch.where(finite, size * s[:, 0], torch.nan)
+
+
+# What generated normalisers call: n equally shaped updates at once, stacked along the first axis ----------------------
+
+
+class Line(NamedTuple):
+    """What one line of a generated normaliser measures: the same part of every update of a bucket.
+
+    Attributes:
+        bucket: which stack of updates.
+        places: the part of an update, as nested slices (axis, start, stop, period); () for all of it.
+        decays: whether weight decay acts on it.
+        targets: leaf key -> norm of its update in a step of lr 1, in the order of the stack.
+    """
+
+    bucket: int
+    places: tuple[tuple[int, int, int, int], ...]
+    decays: bool
+    targets: dict[str, float]
+
+
+def run(
+    factors: Callable[..., tuple[list[Tensor], list[Tensor]]],
+    names: Sequence[Sequence[str]],
+    lines: Sequence[Line],
+    updates: Mapping[str, Tensor],
+    vectors: Sequence[Tensor | None] | None = None,
+    target: float = 1.0,
+) -> list[Tensor]:
+    """Stacks `updates`, runs the generated `factors` on them, scales and puts them back; returns the power vectors.
+
+    Without vectors, spectral norms are found from a fixed start. Raises KeyError for an update that is missing.
+    """
+    stacks = [torch.stack([updates[name] for name in bucket]) for bucket in names]
+    targets = [
+        target * torch.tensor(list(line.targets.values()), dtype=working(x[:0]).dtype.to_real(), device=x.device)
+        for line in lines
+        for x in (stacks[line.bucket],)
+    ]
+    found, fresh = factors(stacks, vectors or _Nothing(), targets)
+    for bucket, x, factor in zip(names, stacks, found, strict=True):
+        for name, scaled in zip(bucket, x * factor, strict=True):
+            updates[name].copy_(scaled)
+    return fresh
+
+
+class _Nothing:
+    """As many absent power vectors as are asked for."""
+
+    def __getitem__(self, index: int) -> None:
+        return None
+
+
+def spectral(matrices: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Largest singular values of `[n, R, C]` (`[n]`) or `[n, P, R, C]` (`[n, P]`), and new power vectors `[n·P, k, C]`.
+
+    One warm step of power iteration; without vectors, as many as it takes from a fixed start.
+    """
+    flat = matrices.flatten(0, -3)
+    estimate, vectors = power_iteration(flat, start_vectors(flat) if vectors is None else vectors)
+    return estimate.view(matrices.shape[:-2]), vectors
+
+
+def exact(matrices: Tensor) -> Tensor:
+    """Largest singular values of `[n, R, C]` or `[n, P, R, C]` with a side of at most `BLOCK`, within 0.1%."""
+    m = working(matrices.flatten(0, -3))
+    m = m.mH if m.shape[-2] > m.shape[-1] else m
+    size = m.abs().amax((-2, -1))
+    m = m / torch.where(size > 0, size, 1.0)[:, None, None]
+    if m.shape[-2] == 1:
+        norms = torch.linalg.vector_norm(m, dim=(-2, -1))
+    else:
+        norms = largest_eigenvalue(m @ m.mH).clamp(min=0.0).sqrt()
+    return (size * norms).view(matrices.shape[:-2])
+
+
+def largest(x: Tensor) -> Tensor:
+    """Largest absolute entry of each of the n updates, `[n, 1, …]`."""
+    size = working(x).abs()
+    return size.amax(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else size
+
+
+def most(norms: Tensor) -> Tensor:
+    """The norm of the largest piece of each of the n updates, `[n]`."""
+    return norms.flatten(1).amax(1) if norms.dim() > 1 else norms
+
+
+def factors(norms: Tensor, targets: Tensor | None = None) -> Tensor:
+    """`piece_factors` for each of the n updates: `norms` `[n, …]`, `targets` `[n]` (or 1); shaped like `norms`."""
+    shape = (-1,) + (1,) * (norms.dim() - 1)
+    top = most(norms).view(shape)
+    found = (1.0 if targets is None else targets.view(shape)) / torch.maximum(norms, top / PIECE_CAP)
+    found = torch.where(top > TINY, found, 0.0)
+    return torch.where(top.isfinite(), found, torch.nan)
+
+
+def sign(x: Tensor) -> Tensor:
+    """`x / |x|` entry by entry; zero stays zero, NaN and infinity become NaN."""
+    return torch.sgn(x) + (x - x)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrices with all singular values 1 of `[n, R, C]` or `[n, P, R, C]`, in the working precision.
+
+    Zero stays zero. Of P pieces, one that is much smaller than the largest (by Frobenius norm) takes a smaller part:
+    see `Atom.dualize_`.
+    """
+    from .orthogonal import orthogonalize
+
+    found = orthogonalize(matrices.flatten(0, -3)).view(matrices.shape)
+    if matrices.dim() == 3:
+        return found
+    sizes = torch.linalg.matrix_norm(working(matrices))
+    return found * (sizes * factors(sizes)).clamp(max=1.0)[..., None, None]
+
+
+def take(whole: Tensor, places: Sequence[tuple[int, int, int, int]]) -> Tensor:
+    """The part of every update `[n, …]` that `put_` writes: a view when contiguous."""
+    for axis, start, stop, period in places:
+        axis += 1
+        if whole.shape[axis] == period:
+            whole = whole.narrow(axis, start, stop - start)
+        else:
+            whole = whole.unflatten(axis, (-1, period)).narrow(axis + 1, start, stop - start).flatten(axis, axis + 1)
+    return whole
+
+
+def put_(whole: Tensor, places: Sequence[tuple[int, int, int, int]], part: Tensor) -> None:
+    """Writes `part` `[n, …]` to the place of every update that nested slices (axis, start, stop, period) say.
+
+    An entry i of the axis belongs to a slice if `start <= i % period < stop`. Axes of `part` may have size 1.
+    """
+    if not places:
+        whole.copy_(part)
+        return
+    (axis, start, stop, period), *inner = places
+    axis += 1
+    width = stop - start
+    if whole.shape[axis] == period:
+        put_(whole.narrow(axis, start, width), inner, part)
+        return
+    view = whole.unflatten(axis, (-1, period)).narrow(axis + 1, start, width)
+    if inner:
+        joined = view.flatten(axis, axis + 1)
+        put_(joined, inner, part)
+        part = joined
+    view.copy_(part.unsqueeze(axis) if part.shape[axis] == 1 else part.unflatten(axis, (-1, width)))
 
 
 def piece_factors(norms: Tensor, target: float | Tensor, cap: float = PIECE_CAP) -> Tensor:

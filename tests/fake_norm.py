@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from modnorm_fx import atoms as A
+from modnorm_fx import conventions
 from modnorm_fx.optim import ModularOptimizer
 
 F = nn.functional
@@ -20,6 +21,9 @@ class Leaf:
     atom: A.Atom
     target: float
     slices: tuple = ()
+    mass: float = 1.0
+    sensitivity: float = 1.0
+    scale: float = 1.0
 
     def read(self, tensor):
         for part in self.slices:
@@ -38,7 +42,7 @@ class Norm:
     def __init__(self, model, leaves, unused=(), digest="digest"):
         self.leaves, self.unused, self.digest = tuple(leaves), tuple(unused), digest
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.aliases = {}
+        self.aliases, self.mass, self.convention = {}, 1.0, conventions.TRACKED
         self._names = {p: name for name, p in model.named_parameters()}
 
     def parameter_name(self, p):
@@ -109,6 +113,11 @@ def values(model):
 
 def moved(model, before):
     return {name: p.float() - before[name].float() for name, p in named(model).items()}
+
+
+def remembered(opt):
+    """What the optimizer knows of each leaf: its power vectors, and how often they were renewed."""
+    return opt.state_dict()["modnorm"]["leaves"]
 
 
 def train(model, opt, steps, start=0):

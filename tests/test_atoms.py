@@ -342,11 +342,12 @@ def test_in_place_methods_work_on_strided_views():
 
 
 def test_start_vectors_have_the_promised_shapes():
+    # as many columns as the matrices have in storage
     shapes = {
         A.Linear((10, 16)): (1, 8, 16),
-        A.Linear((16, 10), transposed=True): (1, 8, 16),
+        A.Linear((16, 10), transposed=True): (1, 8, 10),
         A.Conv((30, 9, 3, 3), groups=3): (27, 8, 9),
-        A.Conv((20, 12, 3), groups=2, transposed=True): (6, 8, 10),
+        A.Conv((20, 12, 3), groups=2, transposed=True): (6, 8, 12),
         A.PatchConv((9, 3, 2, 2)): (1, 8, 12),
         A.Experts((3, 9, 15)): (3, 8, 15),
     }

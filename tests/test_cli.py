@@ -122,6 +122,17 @@ def test_explain_prints_a_stage(capsys: pytest.CaptureFixture[str], stage: str) 
     assert {"capture": "aten.", "mass": "blocks.2.linears.1.weight", "timing": "fold_tree"}[stage] in out
 
 
+def test_emit_writes_what_the_norm_generates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["hf:gpt2", "--layers", "1", "--width", "16", "--mode", "dualize", "--dtype", "bfloat16"]
+    assert cli.main(["emit", *options, "--out", str(tmp_path / "normalizer.py")]) == 0
+    capsys.readouterr()
+    assert cli.main(["emit", *options]) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "normalizer.py").read_text(encoding="utf-8") == printed
+    norm = convert(build("hf:gpt2", layers=1, width=16, device="meta"))
+    assert printed == norm.normalizer(dtype=torch.bfloat16, mode="dualize").source
+
+
 @pytest.mark.parametrize("function", ["Described", "Named"])
 def test_a_model_in_a_file_says_its_inputs(capsys: pytest.CaptureFixture[str], user_file: Path, function: str) -> None:
     code, out, _ = run(capsys, "inspect", f"{user_file}:{function}", "--width", 12, "--flat")

@@ -17,7 +17,8 @@ FOLDERS = {"modnorm_fx": "modnorm_fx", "passes": "modnorm_fx.passes", "models_zo
 # refuses circles at import time). A new file needs a place here.
 FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ground", ("errors", "_torchvision", "_copies", "_failures", "_outputs")),
-    ("tensor arithmetic", ("runtime", "kernels")),
+    ("kernels", ("kernels",)),
+    ("tensor arithmetic", ("runtime", "orthogonal")),
     ("atoms", ("slices", "atom_base", "matrix_atoms", "weight_atoms", "atoms")),
     ("capture", ("inputs_hf_values", "inputs_hf", "inputs", "_composites", "_trace", "capture")),
     (
@@ -42,9 +43,9 @@ FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("passes", ("passes",)),
     ("norm", ("explain", "norm", "norm_json")),
     ("pipeline", ("pipeline",)),
-    ("codegen", ("codegen",)),
-    ("optimizer", ("base_step", "optim")),
     ("report", ("report_rows", "report")),
+    ("codegen", ("buckets", "atom_code", "normalizer", "codegen")),
+    ("optimizer", ("fused_adamw", "base_step", "graph", "step_op", "optim")),
     ("torch.compile backend", ("compile",)),
     ("package", ("__init__",)),
     ("models and data", ("models_zoo",)),

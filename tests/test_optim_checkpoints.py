@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
-from fake_norm import MAKERS, norm_of, setup, train, values
+from fake_norm import MAKERS, norm_of, remembered, setup, train, values
 from torch.optim import lr_scheduler as schedules
 
 from modnorm_fx.errors import FormatError, OptimizerError
-from modnorm_fx.optim import COLD_STEPS, ModularOptimizer
+from modnorm_fx.normalizer import COLD_STEPS
+from modnorm_fx.optim import ModularOptimizer
 
 each_base = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
@@ -54,7 +55,7 @@ def test_resume_is_bit_for_bit(make, mode):
         schedule.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert resumed.state is resumed.base.state
-    assert resumed._vectors.keys() == opt._vectors.keys()
+    assert remembered(resumed).keys() == remembered(opt).keys()
 
 
 def test_resume_needs_the_power_vectors():
@@ -68,7 +69,7 @@ def test_resume_needs_the_power_vectors():
         again.load_state_dict(saved[0])
         state = copy.deepcopy(saved[1])
         if drop:
-            state["modnorm"] |= {"vectors": {}, "cold_steps": {}}
+            state["modnorm"]["leaves"] = {}
         resumed.load_state_dict(state)
         train(again, resumed, 1, start=20)
         results.append(values(again))
@@ -85,7 +86,7 @@ def test_resume_within_the_cold_steps_is_bit_for_bit_too():
     for net, optimizer in ((model, opt), (again, resumed)):
         train(net, optimizer, COLD_STEPS, start=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert set(opt._cold_steps.values()) == {COLD_STEPS}
+    assert {entry["steps"] for entry in remembered(opt).values()} == {COLD_STEPS}
 
 
 def test_state_dict_has_the_layout_that_torch_expects():
@@ -96,9 +97,10 @@ def test_state_dict_has_the_layout_that_torch_expects():
     assert state["state"].keys() == plain["state"].keys() and state["base_param_groups"] == plain["param_groups"]
     assert state["param_groups"][0]["params"] == plain["param_groups"][0]["params"]
     assert state["param_groups"][0]["lr"] == 1.0 and state["base_param_groups"][0]["lr"] == 1e-3
-    assert state["modnorm"]["version"] == 1 and state["modnorm"]["digest"] == "digest"
-    assert isinstance(state["modnorm"]["vectors"]["embed.weight"], list)
-    assert state["modnorm"]["vectors"]["down.weight"].shape == (1, 8, 12)
+    assert state["modnorm"]["version"] == 2 and state["modnorm"]["digest"] == "digest"
+    assert [v.shape for v in state["modnorm"]["leaves"]["embed.weight"]["vectors"]] == [(1, 8, 12)]
+    assert [v.shape for v in state["modnorm"]["leaves"]["down.weight"]["vectors"]] == [(1, 8, 12)]
+    assert state["modnorm"]["leaves"]["down.weight"]["steps"] == 1
 
 
 def test_checkpoints_of_others_are_refused():
@@ -108,16 +110,17 @@ def test_checkpoints_of_others_are_refused():
     fresh_model, fresh = setup(torch.optim.AdamW)
     with pytest.raises(FormatError, match="not saved by a ModularOptimizer"):
         fresh.load_state_dict(opt.base.state_dict())
-    with pytest.raises(FormatError, match="has version 2; this package reads version 1"):
-        fresh.load_state_dict(state | {"modnorm": state["modnorm"] | {"version": 2}})
+    with pytest.raises(FormatError, match="has version 3; this package reads version 2"):
+        fresh.load_state_dict(state | {"modnorm": state["modnorm"] | {"version": 3}})
     with pytest.raises(OptimizerError, match="saved with another norm"):
         fresh.load_state_dict(state | {"modnorm": state["modnorm"] | {"digest": "other"}})
     with pytest.raises(OptimizerError, match="saved with another norm"):
-        fresh.load_state_dict(state | {"modnorm": state["modnorm"] | {"vectors": {"nowhere": torch.ones(1, 1)}}})
+        leaves = {"nowhere": {"steps": 1, "vectors": []}}
+        fresh.load_state_dict(state | {"modnorm": state["modnorm"] | {"leaves": leaves}})
     fewer = ModularOptimizer(torch.optim.AdamW([fresh_model.gain]), norm_of(fresh_model), weight_decay=0.1)
     with pytest.raises(OptimizerError, match="other parameter groups"):
         fewer.load_state_dict(state)
-    assert not fresh.state and not fresh._vectors
+    assert not fresh.state and not remembered(fresh)
 
 
 def test_state_dict_hooks_run():

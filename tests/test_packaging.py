@@ -44,9 +44,9 @@ def expected_files() -> set[str]:
     files = {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, target in FOLDERS.items()
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
     }
-    return files | {"modnorm_fx/py.typed", "modnorm_fx/models_zoo/timm_families.txt"}
+    return files | {"modnorm_fx/py.typed", "modnorm_fx/kernels/cpu.cpp", "modnorm_fx/models_zoo/timm_families.txt"}
 
 
 def test_the_wheel_holds_every_file_in_its_mapped_place(built: Path) -> None:
@@ -60,7 +60,13 @@ def test_the_sdist_can_be_built_from(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "passes/__init__.py", "models_zoo/__init__.py", "modnorm_fx/py.typed"} <= names
+    assert {
+        "pyproject.toml",
+        "LICENSE",
+        "passes/__init__.py",
+        "models_zoo/__init__.py",
+        "modnorm_fx/kernels/cpu.cpp",
+    } <= names
 
 
 def test_an_installed_wheel_imports_away_from_the_source_tree(built: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Kernels behind `runtime`: `cpu` (C++, compiled on first use), `gpu` (Triton). Optional: torch does the same."""

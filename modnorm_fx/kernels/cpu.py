@@ -1,0 +1,174 @@
+"""The C++ kernels of `cpu.cpp` for float32 tensors on the CPU: compiled on first use, kept in the user's cache folder.
+
+A compiler (`$CXX`, `g++`, `clang++` or `c++`) is optional. Without one, or with `MODNORM_FX_CPP=0` in the environment,
+`library()` is None, a log line says why, and torch does the same arithmetic in more passes over memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["AdamW", "adamw", "available", "library", "power_step", "scale_apply", "takes"]
+
+logger = logging.getLogger("modnorm_fx")
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno")
+#: tried in this order: compilers without OpenMP (Apple's) give one thread, some know no vector width
+TRIES = ((*FLAGS, "-fopenmp"), FLAGS, ("-O3", "-march=native"), ("-O3",))
+SECONDS = 120
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where there is no compiler."""
+    if os.environ.get("MODNORM_FX_CPP", "1") == "0":
+        logger.info("C++ kernels are switched off by MODNORM_FX_CPP=0.")
+        return None
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        logger.warning("No C++ compiler was found: updates are normalised by torch, which takes about twice as long.")
+        return None
+    try:
+        path = _built(compiler)
+        return ctypes.CDLL(str(path)) if path else None
+    except OSError as error:
+        logger.warning("The C++ kernels could not be used (%s): torch normalises updates instead.", error)
+        return None
+
+
+def _built(compiler: str) -> Path | None:
+    """The shared library for this source, compiler and processor; compiled if it is not in the cache."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
+    text = "\0".join([SOURCE.read_text(encoding="utf-8"), repr(TRIES), version, _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modnorm_fx"
+    path = folder / f"cpu-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:  # another process may build the same: the last to end wins
+        output = Path(work) / path.name
+        for flags in TRIES:
+            command = [compiler, *flags, "-std=c++17", "-shared", "-fPIC", str(SOURCE), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            if done.returncode == 0:
+                os.replace(output, path)
+                return path
+    logger.warning("%s cannot compile the C++ kernels: torch normalises updates instead.\n%s", compiler, done.stderr)
+    return None
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    return platform.processor() + platform.machine()
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there are compiled kernels."""
+    return library() is not None
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels can work on these: plain float32 tensors on the CPU, and a compiler at hand."""
+    for t in tensors:
+        if t.dtype != torch.float32 or t.device.type != "cpu" or type(t) not in PLAIN:
+            return False
+    return available()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _pieces(matrices: Tensor) -> ctypes.Array[ctypes.c_void_p]:
+    """Addresses of the matrices of `[P, rows, c]`."""
+    first, step = matrices.data_ptr(), matrices.stride(0) * matrices.element_size()
+    return (ctypes.c_void_p * len(matrices))(*[first + i * step for i in range(len(matrices))])
+
+
+_long, _float = ctypes.c_int64, ctypes.c_float
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def power_step(matrices: Tensor, vectors: Tensor, dither: Tensor, amount: float) -> tuple[Tensor, Tensor]:
+    """`runtime.power_iteration` for float32 `matrices` `[P, rows, c]` with unit stride along c; eight vectors."""
+    fresh = vectors.clone(memory_format=torch.contiguous_format)
+    estimates = torch.empty(len(matrices))
+    pieces, rows, c = matrices.shape
+    _library().power_step(
+        _pieces(matrices), _long(pieces), _long(matrices.stride(1)), _long(rows), _long(c), _at(fresh), _at(dither),
+        ctypes.c_double(amount), _at(estimates), torch.get_num_threads(),
+    )  # fmt: skip
+    return estimates, fresh
+
+
+class AdamW:
+    """The settings and averages of one step of `torch.optim.AdamW` with lr 1 for tensors of one shape."""
+
+    def __init__(
+        self,
+        averages: Sequence[Tensor],
+        squares: Sequence[Tensor],
+        steps: Sequence[float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        maximize: bool,
+    ):
+        beta1, beta2 = betas
+        self.averages, self.squares = _addresses(averages), _addresses(squares)
+        self.sizes = torch.tensor([1.0 / (1.0 - beta1**step) for step in steps], dtype=torch.float32)
+        self.roots = torch.tensor([(1.0 - beta2**step) ** -0.5 for step in steps], dtype=torch.float32)
+        self.numbers = (_float(beta1), _float(beta2), _float(eps), _float(-1.0 if maximize else 1.0))
+
+
+def adamw(gradients: Sequence[Tensor], adam: AdamW, updates: Sequence[Tensor]) -> None:
+    """AdamW's updates for contiguous float32 `gradients` of one shape, written to `updates`; the averages move on."""
+    _library().adamw(
+        _addresses(gradients), adam.averages, adam.squares, _addresses(updates), _at(adam.sizes), _at(adam.roots),
+        *adam.numbers, _long(len(gradients)), _long(updates[0].numel()), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def scale_apply(weights: Sequence[Tensor], updates: Sequence[Tensor], factors: Tensor, decays: Tensor) -> None:
+    """`weight = decay · weight + factor · update` for contiguous float32 weights and updates of one shape.
+
+    `factors` and `decays` are `[n, rows, 1]` for the first axis and all others joined, or `[n, 1, columns]` with the
+    last axis as columns.
+    """
+    by_column = factors.shape[2] > 1
+    rows = weights[0].numel() // factors.shape[2] if by_column else factors.shape[1]
+    _library().scale_apply(
+        _addresses(weights), _addresses(updates), _long(len(weights)), _long(rows), _long(weights[0].numel() // rows),
+        _at(factors), _at(decays), int(by_column), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError("modnorm_fx: a C++ kernel was called where none is compiled (see kernels.cpu.takes).")
+    return found

@@ -1,0 +1,224 @@
+"""The C++ kernels against float64 and torch.optim.AdamW, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from modnorm_fx import fused_adamw, runtime
+from modnorm_fx.kernels import cpu
+
+assert cpu.available(), "these tests need a C++ compiler"
+
+
+def matrices(pieces: int, rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(pieces, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "takes", lambda *tensors: False)
+
+
+@given(st.integers(1, 4), st.integers(9, 70), st.integers(9, 70), st.floats(-15, 15), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_estimates_stay_below_and_converge(pieces: int, rows: int, columns: int, power: float, seed: int) -> None:
+    w = matrices(pieces, rows, columns, seed) * 10.0**power
+    true = torch.linalg.svdvals(w.double())[:, 0]
+    vectors = runtime.start_vectors(w)
+    for _ in range(10):
+        estimate, vectors = cpu.power_step(w, vectors, runtime._dither(columns), runtime.DITHER)
+    assert (estimate <= true * (1 + 1e-5)).all()
+    assert (estimate >= true * 0.97).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 9), (1, 9, 33), (2, 300, 17), (1, 17, 2500)])
+def test_one_step_is_that_of_torch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    w = matrices(*shape)
+    vectors = matrices(shape[0], 8, shape[2], seed=1)
+    found, fresh = runtime.power_iteration(w, vectors)
+    without(monkeypatch)
+    wanted, others = runtime.power_iteration(w, vectors)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(fresh, others, rtol=0.0, atol=2e-4)
+
+
+def test_slices_of_packed_weights_are_read_in_place() -> None:
+    whole = matrices(3, 20, 60)
+    part = whole[:, :, 20:40]
+    vectors = matrices(3, 8, 20, seed=1)
+    found, fresh = runtime.power_iteration(part, vectors)
+    wanted, others = runtime.power_iteration(part.contiguous(), vectors)
+    assert torch.equal(found, wanted) and torch.equal(fresh, others)
+
+
+def test_pieces_do_not_see_each_other_nor_the_number_of_threads() -> None:
+    w, vectors = matrices(5, 30, 20), matrices(5, 8, 20, seed=1)
+    w[2] = torch.nan
+    whole = runtime.power_iteration(w, vectors)
+    assert whole[0].isnan().tolist() == [False, False, True, False, False]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        several = runtime.power_iteration(w, vectors)
+    finally:
+        torch.set_num_threads(before)
+    alone = runtime.power_iteration(w[3:4], vectors[3:4])
+    assert torch.equal(whole[0][3:4], alone[0]) and torch.equal(whole[1][3:4], alone[1])
+    assert torch.equal(whole[0].nan_to_num(), several[0].nan_to_num())
+
+
+@pytest.mark.parametrize("entry", [torch.inf, -torch.inf, torch.nan])
+def test_infinity_is_not_a_norm(entry: float) -> None:
+    w = matrices(1, 20, 20)
+    w[0, 17, 3] = entry
+    assert runtime.power_iteration(w, matrices(1, 8, 20))[0].isnan().all()
+
+
+def test_zero_keeps_its_vectors_and_a_lost_row_is_found() -> None:
+    vectors = matrices(2, 8, 30, seed=1)
+    w = torch.zeros(2, 20, 30)
+    vectors[1, :, 7] = 0.0
+    w[1, 5, 7] = 3.0  # no vector knows of it
+    estimate, fresh = runtime.power_iteration(w, vectors)
+    assert estimate.tolist() == [0.0, 3.0]
+    assert torch.equal(fresh[0], vectors[0])
+    assert abs(fresh[1, 0, 7].item()) > 0.99
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
+def test_updates_and_averages_are_those_of_adamw(make: type[torch.optim.Optimizer], maximize: bool) -> None:
+    torch.manual_seed(0)
+    shapes = [(5, 7), (5, 7), (300,), (2, 3, 4), ()]
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    base = make(params, lr=1.0, betas=(0.9, 0.97), eps=1e-6, weight_decay=0.0, maximize=maximize)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    twin = make(twins, lr=1.0, betas=(0.9, 0.97), eps=1e-6, weight_decay=0.0, maximize=maximize)
+    active = [(0, str(i), p) for i, p in enumerate(params)]
+    into = {str(i): torch.empty(shape) for i, shape in enumerate(shapes)}
+    for step in range(4):
+        for p, other in zip(params, twins, strict=True):
+            p.grad = torch.randn_like(p)
+            other.grad = p.grad.double().float()
+        assert fused_adamw.takes(base, active) == (step > 0)
+        before = [p.detach().clone() for p in twins]
+        twin.step()
+        if step == 0:
+            base.step()
+            continue
+        fused_adamw.write_updates(base, active, into)
+        for i, (p, other, old) in enumerate(zip(params, twins, before, strict=True)):
+            torch.testing.assert_close(into[str(i)], other.detach() - old, rtol=1e-4, atol=2e-6)
+            for key, value in base.state[p].items():
+                torch.testing.assert_close(value, twin.state[other][key], rtol=1e-6, atol=5e-7)  # sums of terms near 1
+
+
+def test_the_kernel_stands_back_where_it_would_not_do_what_the_optimizer_does() -> None:
+    p = nn.Parameter(torch.randn(3, 4))
+
+    def offered(base: torch.optim.Optimizer) -> bool:
+        for _ in range(2):
+            p.grad = torch.randn_like(p)
+            base.step()
+        return fused_adamw.takes(base, [(0, "p", p)])
+
+    class Own(torch.optim.AdamW):
+        pass
+
+    assert offered(torch.optim.AdamW([p]))
+    assert not offered(torch.optim.AdamW([p], amsgrad=True))
+    assert not offered(torch.optim.AdamW([p], eps=0.0))
+    assert not offered(torch.optim.SGD([p]))
+    assert not offered(Own([p]))
+    hooked = torch.optim.AdamW([p])
+    hooked.register_step_post_hook(lambda *_: None)
+    assert not offered(hooked)
+    strided = torch.optim.AdamW([p])
+    assert offered(strided)
+    p.grad = torch.randn(4, 3).T
+    assert not fused_adamw.takes(strided, [(0, "p", p)])
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5), (2, 6), (2,), (2, 6, 5, 3, 3)])
+@pytest.mark.parametrize("by", ["all", "row", "column", "both"])
+@pytest.mark.parametrize("decay", [False, True])
+def test_scaling_and_applying(shape: tuple[int, ...], by: str, decay: bool) -> None:
+    from modnorm_fx.normalizer import _step_
+
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape[1:], generator=g) for _ in range(shape[0])]
+    updates = torch.randn(shape, generator=g)
+    sizes = [
+        size if axis == 0 or by == "both" or (by == "row" and axis == 1) or (by == "column" and axis > 1) else 1
+        for axis, size in enumerate(shape)
+    ]
+    step, kept = (torch.rand(sizes, generator=g) for _ in range(2))
+    wanted = [
+        (kept.double()[i] if decay else 1.0) * w.double() + step.double()[i] * updates.double()[i]
+        for i, w in enumerate(weights)
+    ]
+    _step_(weights, updates.clone(), step, kept if decay else None)
+    for w, expected in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(w.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# Without a compiler ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    return tmp_path
+
+
+def test_the_library_is_built_once_and_kept(fresh: Path) -> None:
+    assert cpu.library() is not None
+    (built,) = (fresh / "modnorm_fx").iterdir()
+    stamp = built.stat().st_mtime_ns
+    assert cpu.library() is not None and built.stat().st_mtime_ns == stamp
+
+
+def test_no_compiler_is_said_and_torch_does_it(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CXX", raising=False)
+    with caplog.at_level(logging.WARNING, logger="modnorm_fx"):
+        assert cpu.library() is None
+    assert "No C++ compiler was found" in caplog.text
+    assert not cpu.takes(torch.randn(3))
+
+
+def test_a_compiler_that_fails_is_quoted(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = fresh / "broken"
+    broken.write_text("#!/bin/sh\necho cannot do this >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with caplog.at_level(logging.WARNING, logger="modnorm_fx"):
+        assert cpu.library() is None
+    assert "cannot do this" in caplog.text
+
+
+def test_it_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODNORM_FX_CPP", "0")
+    assert cpu.library() is None
+
+
+def test_constants_are_those_of_the_runtime() -> None:
+    text = cpu.SOURCE.read_text(encoding="utf-8")
+    for name, value in (
+        ("K", runtime.BLOCK), ("SQUARINGS", runtime.SQUARINGS), ("JITTER", runtime.JITTER), ("TINY", runtime.TINY),
+    ):  # fmt: skip
+        (found,) = (line for line in text.splitlines() if f" {name} = " in line)
+        assert float(found.split("=")[1].split(";")[0]) == value
+    assert copy.copy(runtime.BLOCK) == 8
