@@ -2,6 +2,7 @@
 # make demo    a small training run that shows the point of the package
 # make test    the tests
 # make coverage   docs/coverage.md: every family of transformers and timm (an hour or two; goes on where it stopped)
+# make bench-gpu  what needs a GPU: its tests, and what a step costs there
 # make check   lint, types (on an installed copy), and the direction of the imports
 # make clean   remove what the targets above made, except .venv
 
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 INSTALLED := build/installed
 SOURCES := modnorm_fx passes models_zoo tests $(wildcard benchmarks)
 
-.PHONY: setup demo test coverage check clean
+.PHONY: setup demo test coverage bench-gpu check clean
 
 setup: $(STAMP)
 
@@ -31,6 +32,10 @@ test: setup
 # It fails if a family does; the page is written all the same.
 coverage: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/modnorm-fx coverage --jobs 2 $(ARGS)
+
+bench-gpu: setup
+	$(BIN)/python -m pytest tests/test_graph.py tests/test_codegen.py
+	$(BIN)/python benchmarks/step.py --device cuda
 
 # The copy is made from scratch: a stale build/lib would bring deleted modules back.
 check: setup

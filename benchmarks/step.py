@@ -112,7 +112,9 @@ def sides(net: str, device: torch.device, wanted: set[str]) -> Iterator[tuple[st
     if "compile" in wanted:
         yield "modnorm, compile", *ours(backend="compile")
     if "cudagraph" in wanted and cuda:
-        yield "modnorm, cudagraph", *ours(backend="cudagraph", nonfinite="unchecked")
+        yield "modnorm, triton", *ours(backend="triton")
+        for backend in ("cudagraph", "cudagraph-triton"):
+            yield f"modnorm, {backend}", *ours(backend=backend, nonfinite="unchecked")
     if "dualize" in wanted:
         yield "dualize", *ours(mode="dualize")
     if "muon" in wanted:
@@ -228,6 +230,7 @@ def main() -> None:
     parser.add_argument("--sides", default="adamw,modnorm,no C++,compile,cudagraph,dualize,muon,modula")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--slow-nets", default="24 x 768,192 x 64,400 x 128", help="that dualize and muon step on")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -243,7 +246,10 @@ def main() -> None:
         "C++ kernels": device.type == "cpu" and cpu.available(),
     }
     for net in tqdm(names, desc="nets", leave=False):
-        results[net] = measure(net, device, set(args.sides.split(",")), args.rounds)
+        wanted = set(args.sides.split(","))
+        if device.type == "cpu" and net not in args.slow_nets.split(","):
+            wanted -= {"dualize", "muon", "compile"}
+        results[net] = measure(net, device, wanted, args.rounds)
         show(net, results[net])
         torch._dynamo.reset()
     out = args.out or Path(f"benchmarks/results/step_{device.type}.json")

@@ -31,7 +31,7 @@ def check_capturable(base: Optimizer, weight_dependent: bool) -> None:
     name = type(base).__name__
     if weight_dependent:
         raise OptimizerError(
-            f"backend='cudagraph' cannot capture {name}.",
+            f"A CUDA graph cannot hold a step of {name}.",
             why="its update depends on the weights, and is read off a copy of them with the help of the host",
             do="use another base, or backend='eager' or 'compile'",
         )

@@ -5,6 +5,7 @@ The buffers are stacks of updates, one for each bucket, which the normaliser own
 
 from __future__ import annotations
 
+import importlib.util
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import runtime
+from . import kernels, runtime
 from .errors import OptimizerError
 from .kernels import cpu
 
 __all__ = ["BACKENDS", "COLD_STEPS", "Normalizer", "Rates"]
 
-BACKENDS = ("auto", "eager", "compile", "cudagraph")
+BACKENDS = ("auto", "eager", "compile", "triton", "cudagraph", "cudagraph-triton")
 
 COLD_STEPS = 8
 """In a leaf's first steps power iteration runs to convergence, from a cold start. While the base warms up, its updates
@@ -41,8 +42,9 @@ class Normalizer:
         text, module: the generated source, and what `codegen.load` made of it.
         placements: dtype and device of each bucket's updates.
         backend: "eager" runs the source as it is, "compile" through `torch.compile` once power vectors are warm; "auto"
-            is "eager". Both use C++ kernels for float32 on the CPU where a compiler is at hand. "cudagraph" is "eager"
-            here: the optimizer captures its whole step (`graph`).
+            is "eager". Both use C++ kernels for float32 on the CPU where a compiler is at hand. "triton" is "eager"
+            with Triton kernels on a GPU. "cudagraph" and "cudagraph-triton" are "eager" and "triton" here: the
+            optimizer captures its whole step (`graph`).
 
     Attributes:
         source: the text of the generated code.
@@ -61,6 +63,10 @@ class Normalizer:
         if backend not in BACKENDS:
             raise OptimizerError(f"backend={backend!r} is not a choice.", do=f"pass one of {', '.join(BACKENDS)}")
         self.source, self.backend = text, backend
+        self._triton = "triton" in backend
+        if self._triton and importlib.util.find_spec("triton") is None:
+            raise OptimizerError(f"backend={backend!r} needs triton.", do="pip install triton, or use another backend")
+        self._tables: dict[tuple[int, ...], Tensor] = {}
         self._code: Any = module
         self.buffers = [
             torch.zeros(len(names), *shape, dtype=dtype, device=device)
@@ -116,6 +122,10 @@ class Normalizer:
         """The factor of each buffer that brings its updates to their targets, broadcastable against it; NaN where an
         update is not finite. Dualising normalisers turn the buffers into duals first. `keep` keeps the power vectors.
         """
+        with kernels.triton(self._triton):
+            return self._factors()
+
+    def _factors(self) -> list[Tensor]:
         cold = [self._is_cold(index) for index in range(len(self.vectors))]
         if any(cold):
             given = [None if c else v for c, v in zip(cold, self.vectors, strict=True)]
@@ -209,7 +219,9 @@ class Normalizer:
             if len(rate.places) < len(names):
                 buffer, factor = buffer[list(rate.places)], factor[list(rate.places)]
             kept = None if rate.decays is None else 1.0 - rate.lrs * rate.decays
-            _step_([weights[names[i]] for i in rate.places], buffer, rate.lrs * factor, kept)
+            moving = [weights[names[i]] for i in rate.places]
+            with kernels.triton(self._triton):
+                _step_(moving, buffer, rate.lrs * factor, kept, self._tables)
 
     @torch.no_grad()
     def normalize_(self, updates: Mapping[str, Tensor], target: float = 1.0) -> None:
@@ -255,9 +267,26 @@ class Normalizer:
             self.vectors[index] = torch.cat(blanks).to(device) if known else None
 
 
-def _step_(weights: list[Tensor], updates: Tensor, step: Tensor, kept: Tensor | None) -> None:
-    """`weight = kept · weight + step · update` for n tensors of one shape; `updates`, `step`, `kept` are `[n, …]`."""
-    if cpu.takes(*weights, updates) and all(weight.is_contiguous() for weight in weights):
+def _step_(
+    weights: list[Tensor],
+    updates: Tensor,
+    step: Tensor,
+    kept: Tensor | None,
+    tables: dict[tuple[int, ...], Tensor] | None = None,
+) -> None:
+    """`weight = kept · weight + step · update` for n tensors of one shape; `updates`, `step`, `kept` are `[n, …]`.
+
+    `tables` keeps tables of addresses for Triton kernels, which cannot be made while a CUDA graph is captured.
+    """
+    contiguous = all(weight.is_contiguous() for weight in weights)
+    if contiguous and (gpu := kernels.triton_for(*weights, updates)) is not None:
+        tables = {} if tables is None else tables
+        addresses = tuple(weight.data_ptr() for weight in weights)
+        if addresses not in tables:
+            tables[addresses] = gpu.pointer_table(weights)
+        gpu.scale_apply_(weights, updates, step, kept, tables[addresses])
+        return
+    if contiguous and cpu.takes(*weights, updates):
         flat = _by_row_or_column(updates.shape, step, torch.ones_like(step) if kept is None else kept)
         if flat is not None:
             cpu.scale_apply(weights, list(updates), *flat)

@@ -31,6 +31,9 @@ __all__ = ["ModularOptimizer"]
 VERSION = 2
 
 
+Backend = Literal["auto", "eager", "compile", "triton", "cudagraph", "cudagraph-triton"]
+
+
 class _Refused(Exception):
     """Carries a NonFiniteError out of a step, through the base's own step if a closure is being evaluated there."""
 
@@ -50,8 +53,8 @@ class ModularOptimizer(Optimizer):
         weight_decay: decoupled decay in proportion to the targets (the paper's `regularize`): a matrix leaf is
             multiplied by `1 - lr·weight_decay·target`. Vectors (gains, biases) do not decay.
         mode: "normalize" scales the base's update (the paper); "dualize" replaces it by its dual, the steepest step.
-        backend: of the generated normaliser: "auto", "eager", "compile" (see `Normalizer`), or "cudagraph" (on a GPU,
-            the whole step is captured once its power vectors are warm, and replayed: see `graph`).
+        backend: of the generated normaliser: "auto", "eager", "compile" or "triton" (see `Normalizer`), or "cudagraph"
+            or "cudagraph-triton" (on a GPU, the whole step is captured once its power vectors are warm: see `graph`).
         nonfinite: "raise" NonFiniteError when a gradient or update holds NaN or infinity, "skip" that step, or leave it
             "unchecked" (no synchronisation, one reading of the gradients less).
         weight_dependent: whether the base's update depends on the weights; None looks its class up.
@@ -75,7 +78,7 @@ class ModularOptimizer(Optimizer):
         lr: float = 1.0,
         weight_decay: float = 0.0,
         mode: Literal["normalize", "dualize"] = "normalize",
-        backend: Literal["auto", "eager", "compile", "cudagraph"] = "auto",
+        backend: Backend = "auto",
         nonfinite: Literal["raise", "skip", "unchecked"] = "raise",
         weight_dependent: bool | None = None,
     ):
@@ -102,7 +105,7 @@ class ModularOptimizer(Optimizer):
         self._number = step_op.enlist(self)
         self._check_known([(i, p) for i, group in enumerate(base.param_groups) for p in group["params"]])
 
-        if backend == "cudagraph":
+        if backend.startswith("cudagraph"):
             check_capturable(base, self._base_step.weight_dependent)
 
         own = {"lr": lr, "weight_decay": weight_decay}
@@ -253,7 +256,7 @@ class ModularOptimizer(Optimizer):
                 evaluate()
             passed_on = evaluate if closure is not None and self._base_step.weight_dependent else None
             normalizer = self._ready()
-            if self.backend == "cudagraph" and normalizer.is_warm:
+            if self.backend.startswith("cudagraph") and normalizer.is_warm:
                 self._replay(normalizer, active)
             else:
                 self._run(normalizer, active, passed_on)

@@ -1,25 +1,36 @@
-"""Tensor functions behind the atoms, and behind generated normalisers: arithmetic only, no geometry.
+"""What generated normalisers call, and the rest of the arithmetic behind the atoms: no geometry, only tensors.
 
-Everything works on a batch of P equally shaped pieces: matrices are `[P, out, in]`, power vectors `[P, BLOCK, in]`,
-norms and factors `[P]`. Inputs may be float16 or bfloat16; every sum is accumulated in float32 (float64 stays float64).
-Complex weights stay complex; the transpose of real ones is then the adjoint.
+Most functions work on a stack `[n, *shape]` of n equally shaped updates. Inputs may be float16 or bfloat16; sums are
+accumulated in float32. Spectral norms are those of `spectral_norm`, whose functions are also found here.
 
 Meant for updates of ordinary size: entries beyond 1e18 in magnitude overflow to a norm of infinity (and from there to
 NaN in the update, which the optimizer refuses), and an update whose norm is below `TINY` counts as zero.
 
-Paper: section 3 and the appendix (normalisation of whole updates, power iteration with a stored vector).
+Paper: section 3 and the appendix (normalisation of whole updates).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels import cpu
+from . import kernels
+from .spectral_norm import (
+    BLOCK,
+    TINY,
+    largest_eigenvalue,
+    polar_factor,
+    power_iteration,
+    probe,
+    ritz,
+    semi_orthogonal,
+    spectral_norms,
+    start_vectors,
+    working,
+)
 
 __all__ = [
     "BLOCK",
@@ -52,200 +63,26 @@ __all__ = [
 PIECE_CAP = 10.0
 """A piece (tap, row, expert) is never scaled up by more than this many times the factor of the largest piece."""
 
-TINY = 1e-18
-"""Norms below this count as zero: the squares of the entries leave the range of float32."""
-
-DITHER = 1e-3
-"""Size of the fixed vector mixed into every stored power vector. It costs 1e-6 of the estimate and lets a vector leave
-a subspace it was once confined to (features that were dead at the time), which plain power iteration never does."""
-
-BLOCK = 8
-"""Power vectors per matrix. The updates of a training run turn, and large singular values change places: with one
-vector and one iteration a step, one step in a hundred was found 20-25% low (momentum 0.9, batch 32). Eight vectors
-read the matrix no more often and were 2-3% low. With a side of at most 8 the exact norm is as cheap: no vectors."""
-
-JITTER = 1e-6
-"""Added to the diagonal of Gram matrices of trace 1 before Cholesky: a few roundings of float32."""
-
-SQUARINGS = 8
-
-START_TOLERANCE = 1e-3
-START_LIMIT = 64
-
-
-def working(x: Tensor) -> Tensor:
-    """`x` in the precision in which sums are taken: double stays, everything else is single; complex stays complex."""
-    if x.is_complex():
-        return x if x.dtype == torch.complex128 else x.to(torch.complex64)
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def probe(size: int, device: torch.device | str | None = None) -> Tensor:
-    """A fixed unit vector `[size]` without structure, float32; from integer arithmetic, so the same on every device."""
-    i = torch.arange(1, size + 1, device=device, dtype=torch.int64)
-    hashed = ((i * i * 40503 + i * 30011) % 65521).float() / 32760.5 - 1.0
-    return hashed / torch.linalg.vector_norm(hashed).clamp(min=TINY)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Every row of `x` divided by its 2-norm, safe for rows of any finite size; a zero row stays zero."""
-    largest = x.abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, 1.0)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=TINY)
-
-
-def largest_eigenvalue(gram: Tensor) -> Tensor:
-    """Largest eigenvalue `[P]` of symmetric non-negative `[P, k, k]`, at most 0.1% low. NaN stays NaN.
-
-    The matrix is squared `SQUARINGS` times, which leaves one eigenvector, or several whose eigenvalues hardly differ;
-    the column with the largest diagonal entry gives a Rayleigh quotient. If it holds the share s of an eigenvector with
-    eigenvalue 1 - d, the quotient is low by d·s²/(1 + s²) with s = (1 - d)^256, at most 1/(2e·256). Unlike an
-    eigenvalue solver it needs no synchronisation, so that a CUDA graph can hold it.
-    """
-    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1).real
-    scaled = gram / torch.where(size > 0, size, 1.0)[:, None, None]
-    power = scaled
-    for _ in range(SQUARINGS):
-        trace = power.diagonal(dim1=-2, dim2=-1).sum(-1).real
-        power = power @ power / torch.where(trace > 0, trace * trace, 1.0)[:, None, None]
-    best = power.diagonal(dim1=-2, dim2=-1).real.argmax(-1)
-    column = power.take_along_dim(best[:, None, None], dim=2)
-    above = (column.mH @ (scaled @ column)).flatten().real
-    below = torch.linalg.vector_norm(column, dim=(-2, -1)) ** 2
-    return size * above / torch.where(below == 0, 1.0, below)
-
-
-def _largest_singular(wide: Tensor) -> Tensor:
-    """Largest singular value `[P]` of `[P, few, many]` by its Gram matrix; NaN where an entry is not finite."""
-    size = wide.abs().amax((-2, -1))
-    wide = wide / torch.where(size > 0, size, 1.0)[:, None, None]
-    if wide.shape[-2] == 1:
-        return size * torch.linalg.vector_norm(wide, dim=(-2, -1))
-    gram = wide @ wide.mH
-    finite = gram.isfinite().all(-1).all(-1)
-    largest = torch.linalg.eigvalsh(torch.where(finite[:, None, None], gram, 0.0))[:, -1]
-    return torch.where(finite, size * largest.clamp(min=0.0).sqrt(), torch.nan)
-
-
-def spectral_norms(matrices: Tensor) -> Tensor:
-    """Largest singular values `[P]` of `[P, out, in]`, exact: Gram matrix of the smaller side and its eigenvalues.
-
-    A piece with NaN or infinity has norm NaN.
-    """
-    m = working(matrices)
-    return _largest_singular(m.mH if m.shape[-2] > m.shape[-1] else m)
-
-
-def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of block power iteration on WᵀW: `(estimates [P], new vectors [P, k, in] in float32)`.
-
-    Args:
-        matrices: `[P, out, in]`.
-        vectors: `[P, k, in]` with `k <= out`; only their span matters. For k = 1 this is the iteration of `modula`.
-
-    `v = W·vectors` and `z = Wᵀv` take one reading of W. With `Y` an orthonormal basis of the span of v (`ritz`), the
-    new vectors are WᵀY and the estimate is their largest singular value, never above W's. Nor is the estimate ever
-    below the longest row of W, itself a lower bound: where that wins, the vectors have lost track, and the row becomes
-    one of them. A zero piece keeps its vectors.
-    """
-    if vectors.shape[-2] == BLOCK and matrices.stride(-1) == 1 and cpu.takes(matrices, vectors):
-        return _power_step(matrices, vectors) if torch.compiler.is_compiling() else _power_step_(matrices, vectors)
-    m = working(matrices)
-    u = vectors.to(device=m.device, dtype=m.dtype)
-    v = u @ m.mH
-    estimate, product = ritz(v, v @ m)
-
-    longest, index = torch.linalg.vector_norm(m, dim=-1).max(-1)
-    row = m.take_along_dim(index[:, None, None], dim=1)
-    lost = longest > estimate
-    product = torch.where(lost[:, None, None], torch.cat([row, product[:, 1:]], dim=1), product)
-    estimate = torch.where(lost, longest, estimate)
-    fresh = _unit(product) + DITHER * _start_block(u.shape[-2], u.shape[-1], m.device)
-    single = torch.complex64 if m.is_complex() else torch.float32
-    return estimate, torch.where(estimate[:, None, None] > TINY, fresh, u).to(single)
-
-
-def ritz(v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """From `v = u Wᴴ` `[P, k, out]` and `z = v W` `[P, k, in]`: `(largest singular value [P], Y W [P, k, in])` for an
-    orthonormal basis Y of the rows of v.
-
-    Cholesky: `v vᴴ = t L Lᴴ` with its trace t, so `Y = L⁻¹ v / √t` is orthonormal and `Y W = L⁻¹ z / √t`: W is not read
-    again. `JITTER` keeps L invertible where rows of v depend on each other, and costs at most its size.
-    """
-    gram = v @ v.mH
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).real
-    nonzero = torch.where(trace > 0, trace, 1.0)[:, None, None]
-    gram = gram / nonzero
-    gram = gram + JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    lower, _ = torch.linalg.cholesky_ex(gram)
-    product = torch.linalg.solve_triangular(lower, z / nonzero.sqrt(), upper=False)
-    return largest_eigenvalue(product @ product.mH).clamp(min=0.0).sqrt(), product
-
-
-def _power_step_(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu.power_step(matrices, vectors, _dither(matrices.shape[-1]), DITHER)
-
-
-@torch.library.custom_op("modnorm_fx::power_step", mutates_args=())
-def _power_step(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The C++ kernel as an op that torch.compile leaves whole."""
-    return _power_step_(matrices, vectors)
-
-
-@_power_step.register_fake
-def _(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    return matrices.new_empty(matrices.shape[0]), torch.empty_like(vectors)
-
-
-@functools.cache
-def _dither(size: int) -> Tensor:
-    """`_start_block` for a kernel on the CPU, made once for each size."""
-    return _start_block(BLOCK, size, torch.device("cpu"))
-
-
-def _start_block(count: int, size: int, device: torch.device) -> Tensor:
-    """`count` fixed vectors `[count, size]` of length 1, nearly orthogonal."""
-    return _unit(probe(count * size, device).view(count, size))
-
-
-def start_vectors(matrices: Tensor) -> Tensor:
-    """Converged power vectors `[P, BLOCK, in]`, float32, for `[P, out, in]`; fewer vectors if a side is shorter.
-
-    Iterates from a fixed start until no estimate moves by more than 1e-3 (at most 64 times). Zero pieces get the start.
-    """
-    m = working(matrices)
-    u = _start_block(min(BLOCK, *m.shape[1:]), m.shape[-1], m.device).expand(m.shape[0], -1, -1)
-    before = torch.zeros(m.shape[0], device=m.device, dtype=m.dtype.to_real())
-    for _ in range(START_LIMIT):
-        now, u = power_iteration(m, u)
-        if not bool((now - before > START_TOLERANCE * now).any()):
-            break
-        before = now
-    return u
-
 
 def row_rms(x: Tensor, axes: tuple[int, ...] = (-1,)) -> Tensor:
     """Root mean square over `axes`, which are kept with size 1."""
+    if x.dim() == 3 and axes == (2,) and (gpu := kernels.triton_for(x)) is not None:
+        return gpu.row_rms(x)[..., None]
     count = 1
     for axis in axes:
         count *= x.shape[axis]
     return torch.linalg.vector_norm(working(x), dim=axes, keepdim=True) / count**0.5
 
 
-def polar_factor(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """`(U Vᵀ [P, out, in], largest singular value [P])` of `[P, out, in]`, from the singular value decomposition.
+def piece_factors(norms: Tensor, target: float | Tensor, cap: float = PIECE_CAP) -> Tensor:
+    """Factors, shaped like `norms`, that bring every piece to `target`; at most `cap` times that of the largest piece.
 
-    Directions whose singular value is rounding noise are left out, so a zero piece stays zero. A piece with NaN or
-    infinity becomes NaN.
+    If everything is zero (below `TINY`) all factors are 0; a norm that is NaN or infinite makes all factors NaN.
     """
-    m = working(matrices)
-    size = m.abs().amax((-2, -1))
-    m = m / torch.where(size > 0, size, 1.0)[:, None, None]
-    finite = m.isfinite().all(-1).all(-1)
-    u, s, vt = torch.linalg.svd(torch.where(finite[:, None, None], m, 0.0), full_matrices=False)
-    noise = s[:, :1] * (torch.finfo(m.dtype).eps * max(m.shape[-2:]))
-    factor = (u * (s > noise).to(m.dtype)[:, None, :]) @ vt
-    return torch.where(finite[:, None, None], factor, torch.nan), torch.where(finite, size * s[:, 0], torch.nan)
+    largest = norms.max()
+    factors = target / torch.maximum(norms, largest / cap)
+    factors = torch.where(largest > TINY, factors, 0.0)
+    return torch.where(largest.isfinite(), factors, torch.nan)
 
 
 # What generated normalisers call: n equally shaped updates at once, stacked along the first axis ----------------------
@@ -324,6 +161,8 @@ def exact(matrices: Tensor) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """Largest absolute entry of each of the n updates, `[n, 1, …]`."""
+    if x.dim() > 1 and (gpu := kernels.triton_for(x)) is not None:
+        return gpu.max_abs(x.flatten(1)).view(-1, *[1] * (x.dim() - 1))
     size = working(x).abs()
     return size.amax(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else size
 
@@ -347,6 +186,11 @@ def sign(x: Tensor) -> Tensor:
     return torch.sgn(x) + (x - x)
 
 
+LARGE = 192
+"""On a CPU, sides from here on are orthogonalised by singular value decomposition: 21 products of float32 matrices took
+1.5 times as long at 768 and 0.4 times at 64 (benchmarks/results/orthogonal.json); at 128 they are even."""
+
+
 def orthogonal(matrices: Tensor) -> Tensor:
     """The nearest matrices with all singular values 1 of `[n, R, C]` or `[n, P, R, C]`, in the working precision.
 
@@ -355,7 +199,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """
     from .orthogonal import orthogonalize
 
-    found = orthogonalize(matrices.flatten(0, -3)).view(matrices.shape)
+    flat = matrices.flatten(0, -3)
+    exact = flat.device.type == "cpu" and min(flat.shape[1:]) >= LARGE
+    found = (polar_factor(flat)[0] if exact else orthogonalize(flat)).reshape(matrices.shape)
     if matrices.dim() == 3:
         return found
     sizes = torch.linalg.matrix_norm(working(matrices))
@@ -393,25 +239,3 @@ def put_(whole: Tensor, places: Sequence[tuple[int, int, int, int]], part: Tenso
         put_(joined, inner, part)
         part = joined
     view.copy_(part.unsqueeze(axis) if part.shape[axis] == 1 else part.unflatten(axis, (-1, width)))
-
-
-def piece_factors(norms: Tensor, target: float | Tensor, cap: float = PIECE_CAP) -> Tensor:
-    """Factors, shaped like `norms`, that bring every piece to `target`; at most `cap` times that of the largest piece.
-
-    If everything is zero (below `TINY`) all factors are 0; a norm that is NaN or infinite makes all factors NaN.
-    """
-    largest = norms.max()
-    factors = target / torch.maximum(norms, largest / cap)
-    factors = torch.where(largest > TINY, factors, 0.0)
-    return torch.where(largest.isfinite(), factors, torch.nan)
-
-
-def semi_orthogonal(
-    pieces: int, out: int, into: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
-) -> Tensor:
-    """Random `[pieces, out, into]` with all singular values 1 (Haar), float32, drawn on the generator's device."""
-    tall, flat = max(out, into), min(out, into)
-    where = generator.device if generator is not None else device
-    q, r = torch.linalg.qr(torch.randn(pieces, tall, flat, generator=generator, device=where))
-    q = q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None, :]
-    return (q if out >= into else q.mT).to(device if device is not None else q.device)

@@ -18,7 +18,7 @@ FOLDERS = {"modnorm_fx": "modnorm_fx", "passes": "modnorm_fx.passes", "models_zo
 FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ground", ("errors", "_torchvision", "_copies", "_failures", "_outputs")),
     ("kernels", ("kernels",)),
-    ("tensor arithmetic", ("runtime", "orthogonal")),
+    ("tensor arithmetic", ("spectral_norm", "runtime", "orthogonal")),
     ("atoms", ("slices", "atom_base", "matrix_atoms", "weight_atoms", "atoms")),
     ("capture", ("inputs_hf_values", "inputs_hf", "inputs", "_composites", "_trace", "capture")),
     (

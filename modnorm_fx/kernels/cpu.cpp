@@ -13,11 +13,11 @@ namespace {
 typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float f16 __attribute__((vector_size(64), aligned(4), may_alias));
 
-constexpr int K = 8;             // power vectors per matrix: runtime.BLOCK
+constexpr int K = 8;             // power vectors per matrix: spectral_norm.BLOCK
 constexpr int R = 8;             // rows at a time: 8 independent sums hide the latency of fused multiply-add
-constexpr int SQUARINGS = 8;     // runtime.SQUARINGS
-constexpr double JITTER = 1e-6;  // runtime.JITTER
-constexpr double TINY = 1e-18;   // runtime.TINY
+constexpr int SQUARINGS = 8;     // spectral_norm.SQUARINGS
+constexpr double JITTER = 1e-6;  // spectral_norm.JITTER
+constexpr double TINY = 1e-18;   // spectral_norm.TINY
 
 float total(f16 x) {
   float half[16];
@@ -68,7 +68,7 @@ void products(const float* w, int64_t ld, int64_t c, const float* ut, float* v, 
 }
 
 // The largest eigenvalue of a symmetric, non-negative K×K matrix of trace 1: squared SQUARINGS times, which leaves one
-// eigenvector or several whose eigenvalues hardly differ, then the Rayleigh quotient (runtime.largest_eigenvalue).
+// eigenvector or several whose eigenvalues hardly differ, then the Rayleigh quotient (spectral_norm.largest_eigenvalue).
 float largest_eigenvalue(const f8 (&given)[K]) {
   f8 m[K], next[K];
   std::memcpy(m, given, sizeof m);
@@ -100,7 +100,8 @@ float largest_eigenvalue(const f8 (&given)[K]) {
 // Sums of at most this many terms are taken in single precision, and added up in double.
 constexpr int64_t CHUNK = 1024;
 
-double dot(const float* a, const float* b, int64_t n) {
+// Not inlined: GCC 12 at -O3 computes wrong sums where it merges several (tests/test_kernels_cpu.py would notice).
+__attribute__((noinline)) double dot(const float* a, const float* b, int64_t n) {
   double sum = 0;
   for (int64_t start = 0; start < n; start += CHUNK) {
     const int64_t stop = start + CHUNK < n ? start + CHUNK : n;
@@ -114,10 +115,43 @@ double dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// From v = W u (stored [rows][K]) and z = Wᵀ v ([K][c]): the largest singular value of Wᵀ on the span of v, and z turned
-// into new vectors. runtime.ritz is the same in torch, with the derivation.
-double ritz(const float* v, int64_t rows, float* z, int64_t c) {
-  double gram[K][K] = {}, trace = 0;
+// z [K][c] becomes L⁻¹ z / √t for the Cholesky factor L of gram / t, with its trace t: spectral_norm.whitened.
+void whiten(const double (&gram)[K][K], double trace, float* z, int64_t c) {
+  double lower[K][K] = {};
+  for (int a = 0; a < K; ++a)
+    for (int b = 0; b <= a; ++b) {
+      double s = gram[a][b] / trace + (a == b ? JITTER : 0.0);
+      for (int k = 0; k < b; ++k) s -= lower[a][k] * lower[b][k];
+      lower[a][b] = a == b ? std::sqrt(s > JITTER * JITTER ? s : JITTER * JITTER) : s / lower[b][b];
+    }
+  const float size = static_cast<float>(1.0 / std::sqrt(trace));
+  for (int a = 0; a < K; ++a) {  // forward substitution
+    float* row = z + a * c;
+    for (int64_t i = 0; i < c; ++i) row[i] *= size;
+    for (int b = 0; b < a; ++b) {
+      const float factor = static_cast<float>(lower[a][b]);
+      const float* other = z + b * c;
+      for (int64_t i = 0; i < c; ++i) row[i] -= factor * other[i];
+    }
+    const float scale = static_cast<float>(1.0 / lower[a][a]);
+    for (int64_t i = 0; i < c; ++i) row[i] *= scale;
+  }
+}
+
+// The products of the rows of z [K][c]; returns their trace.
+double gram_of(const float* z, int64_t c, double (&gram)[K][K]) {
+  double trace = 0;
+  for (int a = 0; a < K; ++a)
+    for (int b = 0; b <= a; ++b) gram[a][b] = gram[b][a] = dot(z + a * c, z + b * c, c);
+  for (int a = 0; a < K; ++a) trace += gram[a][a];
+  return trace;
+}
+
+// From v = W u (stored [rows][K]) and z = Wᵀ v ([K][c]): the largest singular value of Wᵀ on the span of v. z becomes
+// Wᵀ y for an orthonormal basis y of that span, `gram` its products. spectral_norm.ritz has the derivation.
+double ritz(const float* v, int64_t rows, float* z, int64_t c, double (&gram)[K][K]) {
+  double trace = 0;
+  std::memset(gram, 0, sizeof gram);
   for (int64_t start = 0; start < rows; start += CHUNK) {
     const int64_t stop = start + CHUNK < rows ? start + CHUNK : rows;
     f8 part[K];
@@ -132,34 +166,12 @@ double ritz(const float* v, int64_t rows, float* z, int64_t c) {
   }
   for (int a = 0; a < K; ++a) trace += gram[a][a];
   if (!(trace > 0) || !std::isfinite(trace)) return std::isfinite(trace) ? 0.0 : NAN;
-
-  double lower[K][K] = {};
-  for (int a = 0; a < K; ++a)
-    for (int b = 0; b <= a; ++b) {
-      double s = gram[a][b] / trace + (a == b ? JITTER : 0.0);
-      for (int k = 0; k < b; ++k) s -= lower[a][k] * lower[b][k];
-      lower[a][b] = a == b ? std::sqrt(s > JITTER * JITTER ? s : JITTER * JITTER) : s / lower[b][b];
-    }
-  const float size_of_v = static_cast<float>(1.0 / std::sqrt(trace));
-  for (int a = 0; a < K; ++a) {  // z = L⁻¹ z / √trace, by forward substitution
-    float* __restrict row = z + a * c;
-    for (int64_t i = 0; i < c; ++i) row[i] *= size_of_v;
-    for (int b = 0; b < a; ++b) {
-      const float factor = static_cast<float>(lower[a][b]);
-      const float* __restrict other = z + b * c;
-      for (int64_t i = 0; i < c; ++i) row[i] -= factor * other[i];
-    }
-    const float scale = static_cast<float>(1.0 / lower[a][a]);
-    for (int64_t i = 0; i < c; ++i) row[i] *= scale;
-  }
-  double m[K][K], size = 0;
-  for (int a = 0; a < K; ++a)
-    for (int b = 0; b <= a; ++b) m[a][b] = m[b][a] = dot(z + a * c, z + b * c, c);
-  for (int a = 0; a < K; ++a) size += m[a][a];
+  whiten(gram, trace, z, c);
+  const double size = gram_of(z, c, gram);
   if (!(size > 0) || !std::isfinite(size)) return std::isfinite(size) ? 0.0 : NAN;
   f8 scaled[K];
   for (int a = 0; a < K; ++a)
-    for (int b = 0; b < K; ++b) scaled[a][b] = static_cast<float>(m[a][b] / size);
+    for (int b = 0; b < K; ++b) scaled[a][b] = static_cast<float>(gram[a][b] / size);
   return std::sqrt(largest_eigenvalue(scaled) * size);
 }
 
@@ -197,7 +209,8 @@ void step_one(const float* w, int64_t ld, int64_t rows, int64_t c, float* u, con
     products<R>(w + i * ld, ld, c, s.ut.data(), s.v.data() + K * i, s.z.data(), s.squares.data() + i);
   for (; i < rows; ++i)
     products<1>(w + i * ld, ld, c, s.ut.data(), s.v.data() + K * i, s.z.data(), s.squares.data() + i);
-  double found = ritz(s.v.data(), rows, s.z.data(), c);
+  double gram[K][K];
+  double found = ritz(s.v.data(), rows, s.z.data(), c, gram);
   int64_t longest = 0;
   bool finite = true;
   for (int64_t r = 0; r < rows; ++r) {
@@ -206,25 +219,18 @@ void step_one(const float* w, int64_t ld, int64_t rows, int64_t c, float* u, con
   }
   const double row = std::sqrt(static_cast<double>(s.squares[longest]));
   if (!finite || std::isnan(found)) found = NAN;
-  if (row > found) {  // the vectors have lost track: the row is one of them
+  const bool lost = row > found;
+  if (lost) {  // the vectors have lost track: the row is one of them
     std::memcpy(s.z.data(), w + longest * ld, sizeof(float) * c);
     found = row;
   }
   *estimate = static_cast<float>(found);
   if (!(found > TINY)) return;
-  for (int j = 0; j < K; ++j) {
-    float* z = s.z.data() + j * c;
-    float largest = 0;
-    for (int64_t k = 0; k < c; ++k) largest = std::fabs(z[k]) > largest ? std::fabs(z[k]) : largest;
-    double length = 0;
-    if (largest > 0) {
-      const float up = 1.0f / largest;
-      for (int64_t k = 0; k < c; ++k) z[k] *= up;
-      length = dot(z, z, c);
-    }
-    const float factor = largest > 0 ? static_cast<float>(1.0 / std::sqrt(length)) : 0.0f;
-    for (int64_t k = 0; k < c; ++k) u[j * c + k] = z[k] * factor + static_cast<float>(scale) * dither[j * c + k];
-  }
+  if (lost) gram_of(s.z.data(), c, gram);
+  double trace = 0;
+  for (int a = 0; a < K; ++a) trace += gram[a][a];
+  whiten(gram, trace, s.z.data(), c);
+  for (int64_t k = 0; k < K * c; ++k) u[k] = s.z[k] + static_cast<float>(scale) * dither[k];
 }
 
 }  // namespace

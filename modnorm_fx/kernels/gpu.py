@@ -28,7 +28,7 @@ from torch import Tensor
 __all__ = ["max_abs", "pointer_table", "power_products", "row_rms", "scale_apply_", "takes"]
 
 VECTORS = 8
-"""Most power vectors per matrix (`runtime.BLOCK`): they are the narrow side of every product."""
+"""Most power vectors per matrix (`spectral_norm.BLOCK`): they are the narrow side of every product."""
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200 SXM. A constant, not asked of the device, so that results do not depend on which GPU it is."""
