@@ -31,8 +31,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from modnorm_fx import ModularNorm, __version__
+from modnorm_fx._copies import keep_layers, seed
 from modnorm_fx._outputs import named_leaves
 from modnorm_fx.capture import capture
 from modnorm_fx.errors import CaptureError, ModnormError
@@ -51,6 +53,8 @@ MOST_PARAMETERS = 100_000_000
 #: relative difference of two float32 computations of the same thing: a few hundred roundings of 6e-8, amplified by norm
 #: layers whose input is small
 SAME = 1e-3
+#: functions that drop something out among other things -> place of its probability among their arguments
+ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
 #: files of the package that no conversion passes through
 FACES = ("cli", "commands", "report", "report_rows", "optim", "base_step", "compile", "codegen", "norm_json")
 
@@ -230,18 +234,19 @@ def _check_on_weights(spec: str, row: Row, norm: ModularNorm) -> None:
     """Runs the model with random weights: does the graph agree, and does every gradient have a leaf?"""
     torch.manual_seed(0)
     model = build(spec).float()
+    keep_layers(model)
     args, kwargs = example_inputs(model)
     captured = capture(model, args, kwargs)
     model.train("train" in captured.route)  # the mode that the graph was captured in
-    torch.manual_seed(0)
-    with torch.no_grad():
+    with _NoDropout(), torch.no_grad():
+        seed()
         expected = dict(named_leaves(model(*args, **kwargs)))
-    torch.manual_seed(0)
-    found = dict(zip(captured.outputs, captured(model, *args, **kwargs), strict=True))
+        seed()
+        found = dict(zip(captured.outputs, captured(model, *args, **kwargs), strict=True))
     row.difference = max(_difference(tensor, expected.get(name)) for name, tensor in found.items())
-    torch.manual_seed(0)
     for training in (True, False):  # dropout, and layers that are left out, only in the first
         model.train(training)
+        seed()
         try:
             outputs = [x for _, x in named_leaves(model(*args, **kwargs)) if _moves(x)]
             if not outputs:
@@ -256,6 +261,21 @@ def _check_on_weights(spec: str, row: Row, norm: ModularNorm) -> None:
         else:
             break
     row.homeless = homeless({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, norm)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Leaves dropout out: what a model draws is drawn anew by its graph, and not in the same order."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", "").partition(".")[0], dict(kwargs or {})
+        if "dropout" in name:
+            return args[0] if args else kwargs["input"]
+        if (place := ATTENTION.get(name)) is not None:
+            if len(args) > place:
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            else:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
 
 
 def _moves(output: Any) -> bool:

@@ -20,6 +20,22 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) | {"good": row.good} for row in sorted(rows, key=lambda row: row.spec)]
 
 
+def _versions(rows: Sequence[Row]) -> list[str]:
+    """What was run with; of several states of the source only their number (each row of the JSON has its own)."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        for name, version in row.versions.items():
+            found.setdefault(name, set()).add(version)
+    shown = []
+    for name, versions in sorted(found.items()):
+        base = {version.partition("+")[0] for version in versions}
+        if len(versions) > 1 and len(base) == 1:
+            shown.append(f"{name} {base.pop()} ({len(versions)} states of its source)")
+        else:
+            shown += [f"{name} {version}" for version in sorted(versions)]
+    return shown
+
+
 def markdown(rows: Sequence[Row], command: str, without_model: Sequence[str] = (), left: Sequence[str] = ()) -> str:
     """The page: what was run, totals, what went wrong, what was estimated, then a line per family.
 
@@ -27,7 +43,7 @@ def markdown(rows: Sequence[Row], command: str, without_model: Sequence[str] = (
     that have not been run.
     """
     rows = sorted(rows, key=lambda row: row.spec)
-    used = sorted({f"{name} {version}" for row in rows for name, version in row.versions.items()})
+    used = _versions(rows)
     parts = [
         "# What converts\n",
         f"Written by `{command}` on {datetime.date.today().isoformat()} with {', '.join(used)}; nothing here was "

@@ -170,7 +170,7 @@ def _resize(config: Any, wanted: dict[str, int], understood: set[str], given: Fi
 
     What was `given` to the configuration is its own, even if its class could have derived it.
     """
-    own = {**{name: getattr(config, name) for name in given if hasattr(config, name)}, **tiny.fields(config)}
+    own = {**{name: value for name in given if (value := tiny.read(config, name)) is not None}, **tiny.fields(config)}
     changes: Fields = {}
     for name, value in own.items():
         if hasattr(value, "to_dict"):
@@ -191,6 +191,8 @@ def _resize(config: Any, wanted: dict[str, int], understood: set[str], given: Fi
         for name, value in own.items():  # one entry a layer: repeat the pattern, or cut it
             if isinstance(value, (list, tuple)) and len(value) == old_layers and name not in changes:
                 changes[name] = type(value)(value[i % old_layers] for i in range(wanted["layers"]))
+        if single := given.get("per_layer_config"):
+            changes["per_layer_config"] = {i: single[i % old_layers] for i in range(wanted["layers"])}
     return changes
 
 
@@ -256,7 +258,8 @@ def _accepted(config_class: type, fields: Fields) -> Fields:
         known = {field.name for field in dataclasses.fields(config_class)}
     else:
         known = set(inspect.signature(config_class).parameters)
-    known |= {"num_labels"} | ({"out_indices"} if hasattr(config_class, "out_indices") else set())
+    known |= {"num_labels", *tiny.MISSING.get(getattr(config_class, "model_type", ""), ())}
+    known |= {name for name in ("out_indices", "per_layer_config") if hasattr(config_class, name)}
     return {name: value for name, value in fields.items() if name in known}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .tiny_types import MISSING, SMALLER, TOGETHER
 
-__all__ = ["as_fields", "fields", "shrink"]
+__all__ = ["as_fields", "fields", "read", "shrink"]
 
 WIDTH, HEAD_COUNT, HEAD_SIZE, INNER_WIDTH, STAGE_WIDTH, LAYER_COUNT, VOCAB = 64, 4, 16, 128, 16, 2, 128
 
@@ -32,7 +32,7 @@ WIDTHS = frozenset(
     output_channels vit_dim fpn_hidden_size mit_hidden_size descriptor_decoder_dim
     reassemble_hidden_size descriptor_dim cross_hidden_size image_token_embed_dim
     conv_dim tdnn_dim mask_dim bottleneck_features bin_embedding_dim text_projection_in_dim text_projection_out_dim
-    class_embed_dim vision_features_channels
+    class_embed_dim vision_features_channels condition_dim adapter_in_dim adapter_out_dim adapter_input_size
     """.split()
 )
 INNER = frozenset(
@@ -124,6 +124,9 @@ CAPS: dict[str, int] = {
     **dict.fromkeys("num_quantizers num_codebooks n_codebooks".split(), 4),
     "num_filters": 4,  # doubled with each stage
     "group_detr": 2,
+    "upsample_groups": 8,  # divide the width
+    "index_kpool": 4,
+    "latent_query_num": 16,
     "num_kv_shared_layers": 0,
 }
 STAGE_WIDTHS = frozenset(
@@ -141,6 +144,14 @@ MAX_IMAGE = 224  # what a larger image becomes: a multiple of all common patch s
 IGNORED = frozenset("transformers_version architectures id2label label2id problem_type dtype torch_dtype".split())
 
 
+def read(config: Any, name: str) -> Any:
+    """A number of a configuration, None if it has none; where it differs between layers that of the first."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return getattr(config.per_layer_config[0], name, None)
+
+
 def fields(config: Any) -> dict[str, Any]:
     """The entries of a configuration that are its own, not those that its class derives from others if left out."""
     kind = type(config)
@@ -156,12 +167,10 @@ def fields(config: Any) -> dict[str, Any]:
         if name in MISSING.get(kind.model_type, ()):
             return True
         derived = isinstance(value, int) or (isinstance(value, (list, tuple)) and len(value) == layers)
-        default = getattr(fresh, name, None)
+        default = read(fresh, name)
         return value != default and (not derived or default is None)
 
-    values = {
-        name: getattr(config, name, None) for name in declared if name not in IGNORED and not name.startswith("_")
-    }
+    values = {name: read(config, name) for name in declared if name not in IGNORED and not name.startswith("_")}
     values = {name: value for name, value in values.items() if value is not None and own(name, value)}
     stages = getattr(config, "_out_indices", None)  # not declared by every backbone, though all take it
     if stages is not None and stages != getattr(fresh, "_out_indices", None):
@@ -200,11 +209,32 @@ def _shrink(config: Any, taken: dict[int, int]) -> dict[str, Any]:
             small[name] = _sequence(name, value, layers, kept, taken)
         elif isinstance(value, str):
             small[name] = SMALLER.get(value, value)
-    small |= TOGETHER.get(type(config).model_type, {})
+    for name, value in TOGETHER.get(type(config).model_type, {}).items():
+        small[name] = small[name] | value if _is_part(small.get(name)) else value
     if "mrope_section" in str(rope := getattr(config, "rope_parameters", None)):
         old, new = _head_size(config), _head_size(SimpleNamespace(**small))
         small["rope_parameters"] = _sections(rope, new / old if old and new else 1.0)
+    if single := getattr(config, "per_layer_attributes", None):  # numbers that differ between layers
+        small["per_layer_config"] = {
+            place: _of_layer({name: read(config.per_layer_config[layer], name) for name in single}, own, taken)
+            for place, layer in enumerate(kept)
+        }
     return small
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value is the dict of a sub-configuration."""
+    return isinstance(value, dict) and "model_type" in value
+
+
+def _of_layer(single: dict[str, Any], own: dict[str, Any], taken: dict[int, int]) -> dict[str, Any]:
+    """The numbers that one layer has for itself, smaller."""
+    return {
+        name: value
+        if isinstance(value, bool) or not isinstance(value, int)
+        else _number(name, value, own | single, LAYER_COUNT, taken)
+        for name, value in single.items()
+    }
 
 
 def _staged(own: dict[str, Any]) -> bool:
@@ -214,7 +244,7 @@ def _staged(own: dict[str, Any]) -> bool:
 def _kinds(config: Any, layers: int) -> dict[str, Any]:
     """Lists of the kinds of layers, also those that the class derives: with fewer layers a kind could be missing."""
     declared = [name for name in inspect.signature(type(config)).parameters if not name.startswith("_")]
-    lists = {name: value for name in declared if isinstance(value := getattr(config, name, None), (list, tuple))}
+    lists = {name: value for name in declared if isinstance(value := read(config, name), (list, tuple))}
     return {
         name: value
         for name, value in lists.items()
@@ -257,6 +287,10 @@ def _number(name: str, value: int, own: dict[str, Any], layers: int, taken: dict
     if name in KV_HEADS:
         heads = next((own[head] for head in HEADS if isinstance(own.get(head), int)), None)
         return HEAD_COUNT if value == heads else min(value, HEAD_COUNT // 2)
+    if name in LAYERS and any(
+        isinstance(own.get(depths), (list, tuple)) and len(own[depths]) == value for depths in STAGE_DEPTHS
+    ):
+        return value  # of stages
     if name in LAYERS:
         return min(value, layers)
     if name == "embed_dim" and _staged(own):
@@ -298,9 +332,9 @@ def _sections(rope: Any, ratio: float) -> Any:
 
 def _head_size(config: Any) -> int | None:
     """Numbers a head, where the configuration says it or says what it follows from."""
-    if isinstance(size := getattr(config, "head_dim", None), int):
+    if isinstance(size := read(config, "head_dim"), int):
         return size
-    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    width, heads = read(config, "hidden_size"), read(config, "num_attention_heads")
     return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
 
 

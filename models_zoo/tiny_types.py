@@ -19,6 +19,33 @@ def _mrope(theta: float, *section: int, **more: float) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": rope}}
 
 
+_COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e4}}}
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
+#: kernel, stride, padding of each convolution of the neck's blocks
+_PADDLE_DETECTION = {
+    "kernel_list": [3, 2, 2],
+    "scale_factor_list": [1, 2, 4, 8],
+    "intraclass_block_config": {
+        "reduce_channel": [1, 1, 0],
+        "return_channel": [1, 1, 0],
+        **{
+            f"{name}_{ratio}ratio": [size(k), [1, 1], size(k // 2, 0)]
+            for name, size in (
+                ("vertical_long_to_small_conv", lambda k, one=1: [k, one]),
+                ("horizontal_small_to_long_conv", lambda k, one=1: [one, k]),
+                ("symmetric_conv_long", lambda k, one=1: [k, k]),
+            )
+            for ratio, k in (("long", 7), ("mid", 5), ("short", 3))
+        },
+    },
+}
+
 # Numbers that transformers has no default for (or an unusable one), though the model cannot be built or run without.
 MISSING: Table = {
     # fields without a default
@@ -29,7 +56,23 @@ MISSING: Table = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
-    "hunyuan_v1_moe": {"head_dim": 128},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 128}),
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}},
+    "granite4_vision": {"downsample_rate": "3/6", "deepstack_layer_map": [[-2, 0], [-1, 1]]},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    **dict.fromkeys(("pp_ocrv5_server_det", "pp_ocrv6_medium_det"), _PADDLE_DETECTION),
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "sapiens2": {"head_config": {"upsample_out_channels": [64, 64], "conv_out_channels": [64]}},
+    "perception_lm": {
+        "vision_config": {
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_tiny_patch16_384",
+            "model_args": {"embed_dim": 192},
+            "do_pooling": False,
+        }
+    },
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "nemotron": {"num_key_value_heads": 8},
     "xmod": {"default_language": "en_XX"},
@@ -42,11 +85,15 @@ MISSING: Table = {
     # the tokenizer's names of image tokens: a placeholder, and one for each of the VQ model's codes
     "chameleon": {"vocabulary_map": {"<image>": 8711, **{f"IMGIMG{i:04d}Z": 4 + i for i in range(8192)}}},
     # the modelling code falls back to sections of the rotary embedding that the configuration does not hold
-    "cohere_compass": {
-        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e4}}}
-    },
+    "cohere_compass": {"text_config": _COMPASS},
+    "cohere_compass_text": _COMPASS,
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _mrope(1e6, 16, 24, 24)),
-    "glm4v": _mrope(1e4, 8, 12, 12, partial_rotary_factor=0.5),
+    "ernie4_5_vl_moe": _mrope(5e5, 22, 22, 20),
+    **dict.fromkeys(("glm4v", "glm46v", "glm_image", "glmga"), _mrope(1e4, 8, 12, 12, partial_rotary_factor=0.5)),
+    "glm4v_moe": {"text_config": {"head_dim": 128, **_mrope(1e4, 8, 12, 12, partial_rotary_factor=0.5)["text_config"]}},
+    "glm_ocr": _mrope(1e4, 8, 12, 12),
+    "paddleocr_vl": _mrope(5e5, 16, 24, 24),
+    "colqwen2": {"vlm_config": {"model_type": "qwen2_vl", **_mrope(1e6, 16, 24, 24)}},
     # a backbone that returns one stage only, where the head takes four
     "upernet": {
         "backbone_config": {"model_type": "resnet", "out_indices": [1, 2, 3, 4]},
@@ -88,6 +135,7 @@ TOGETHER: Table = {
     # as long as num_hidden_layers says, which is the number of stages
     "dinov3_convnext": {"hidden_sizes": [16, 16, 32, 64], "depths": [1, 1, 1, 1]},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"head_dim": 24},  # with and without a rotary embedding
     "efficientloftr": {
         "out_features": [16, 16, 32, 64],
         "stage_num_blocks": [1, 1, 1, 1],
@@ -97,7 +145,10 @@ TOGETHER: Table = {
     "electra": {"embedding_size": 32},  # less than the width
     "encodec": {"codebook_dim": 64, "target_bandwidths": [0.75, 1.5]},  # the width; 2 and 4 codebooks of 5 bits
     "eomt": {"num_blocks": 1},  # the queries join before the last num_blocks layers
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},  # a quarter of the text's width
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    # its last features are twice as wide as its last stage
+    "fast_vlm": {"vision_config": {"architecture": "fastvit_t8", "model_args": {}, "hidden_size": 768}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     # a MobileNetV5 of timm; its last features keep their width
     "gemma3n_vision": {"model_args": {"channel_multiplier": 0.1}, "hidden_size": 2048},
@@ -122,7 +173,7 @@ TOGETHER: Table = {
     "longcat_flash": {"head_dim": 8},  # that of the rotary part
     "lw_detr_vit": {"image_size": 256},  # 4 x 4 windows of whole patches
     "mamba2": {"num_heads": 8},
-    "mimi": {"upsample_groups": 8},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "mobilenet_v1": {"depth_multiplier": 0.25},
     "mpnet": {"relative_attention_num_buckets": 32},  # the code has this number
     **dict.fromkeys(("musicgen_decoder", "musicgen_melody_decoder"), {"hidden_size": 32}),  # not the text encoder's
@@ -135,6 +186,7 @@ TOGETHER: Table = {
         "decoder_hidden_dim": 32,
         "vision_features_channels": [32, 32, 32],
     },
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), {"indexer_head_dim": 16}),
     "recurrent_gemma": {"num_hidden_layers": 3},  # the last of three kinds is attention
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_buckets": 4, "feed_forward_size": 128},
     # widths differ, for that is how the code knows where stages begin; a global block does not begin one
@@ -158,7 +210,9 @@ TOGETHER: Table = {
     "swiftformer": {"depths": [2, 2, 2, 2]},  # the last block of a stage has another kind
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "textnet": {"stem_out_channels": 16, "image_size": [64, 64]},
+    "timm_wrapper": {"num_classes": 2},  # where labels are counted for a part of another configuration
     "tvp": {"max_img_size": 224, "visual_prompt_size": 32, "num_frames": 2},
+    "voxtral": {"text_config": {"num_key_value_heads": 2, "head_dim": 16}},  # otherwise those of the large model
     "vjepa2": {
         "pred_hidden_size": 64,
         "pred_num_hidden_layers": 2,

@@ -44,9 +44,12 @@ __all__ = [
     "dry_run",
     "fake_copy",
     "fake_inputs",
+    "keep_layers",
+    "forget_fake_tensors",
     "real_bytes",
     "real_copy",
     "real_inputs",
+    "seed",
     "undisturbed",
 ]
 
@@ -54,6 +57,8 @@ __all__ = [
 MAX_REAL_BYTES = 4 << 30
 #: standard deviation of made-up weights; most libraries initialise with it
 WEIGHT_STD = 0.02
+#: ends of the names of rates at which whole layers are left out
+LAYER_DROP = ("layerdrop", "layer_drop")
 #: registered operators, which modules may hold as attributes
 OPERATORS = (OpOverload, OpOverloadPacket, CustomOpDef)
 #: errors of fake tensors that say nothing against the model that was run on them
@@ -118,6 +123,8 @@ def dry_run(
             if isinstance(error, NEEDS_VALUES) or "no fake impl" in str(error):
                 return None
             raise
+    finally:
+        forget_fake_tensors()
     real_args, real_kwargs = real_inputs((args, kwargs))
     return _call(real_copy(model, training=training), method, real_args, real_kwargs, touched)
 
@@ -185,8 +192,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.callback(_forget_fake_tensors)
+        stack.callback(forget_fake_tensors)
         yield
+
+
+def seed() -> None:
+    """The same random numbers from here on, whoever draws them: layers that are left out, spans that are masked."""
+    torch.manual_seed(0)
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
 
 
 @contextmanager
@@ -203,7 +218,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             (place.extend if isinstance(place, list) else place.update)(content)
 
 
-def _forget_fake_tensors() -> None:
+def forget_fake_tensors() -> None:
     """Empties every functools cache that holds a fake tensor: a copy shares caches of functions with the original."""
     for cache in gc.get_referrers(_FunctionCache):
         if isinstance(cache, _FunctionCache) and _holds_fake_tensor(cache):
@@ -274,9 +289,12 @@ def _copy(model: nn.Module, convert: Callable[[Tensor], Tensor], training: bool)
 
 
 def _without_extras(module: nn.Module) -> None:
-    """Switches off what has no place in a graph: key-value caches, checkpointing, attention kernels that need a GPU."""
+    """Switches off what has no place in a graph: key-value caches, checkpointing, attention kernels that need a GPU,
+    layers that training leaves out at random, loops over the experts that the inputs happen to hit (where the model
+    has them all in one product, too)."""
     if getattr(module, "gradient_checkpointing", False) is True:
         module.gradient_checkpointing = False  # type: ignore[assignment]
+    _keep_layers(vars(module))
     configs, seen = [getattr(module, "config", None)], set()
     while configs:
         config = configs.pop()
@@ -287,7 +305,23 @@ def _without_extras(module: nn.Module) -> None:
             config.use_cache = False
         if str(getattr(config, "_attn_implementation", "")).startswith(("flash", "flex", "paged", "kernels")):
             config._attn_implementation = "sdpa"
+        if getattr(config, "_experts_implementation", "") == "eager":
+            config._experts_implementation = "grouped_mm"
+        _keep_layers(vars(config))
         configs.extend(vars(config).values())
+
+
+def keep_layers(model: nn.Module) -> None:
+    """Sets the rates at which training leaves out whole layers to 0."""
+    for module in model.modules():
+        _keep_layers(vars(module))
+        _keep_layers(vars(getattr(module, "config", module)))
+
+
+def _keep_layers(attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        if name.endswith(LAYER_DROP) and isinstance(value, float):
+            attributes[name] = 0.0
 
 
 def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> str | None:

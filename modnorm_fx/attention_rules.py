@@ -94,6 +94,14 @@ def linear_attention(call: Call) -> Local:
     return Local(v, {"query": share * v / call.scale("query"), "key": share * v / call.scale("key"), "value": share})
 
 
+@ATTENTION.rule("smoothing", status="declared", weights={"gain": atom_of.multiplied},
+                source="x + g (pool(x) - x) is between x and its averages over windows for g between 0 and 1, so at "
+                "most x; the difference of white noise and its average over n has size √(1 - 1/n)")  # fmt: skip
+def smoothing(call: Call) -> Local:
+    s = call.scale("input")
+    return Local(s, {"input": 1.0, "gain": s * math.sqrt(1 - 1 / int(call["region"].facts["window"]))})
+
+
 def _softmax_slope(call: Call, logits: float) -> float:
     """Slope of a softmax row, in units of its effect on an average of unit values, at logits of the given scale.
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ._copies import undisturbed
+from ._copies import forget_fake_tensors, seed, undisturbed
 from ._failures import LIBRARIES, advice, check_runs, part, reason
 from ._outputs import matching
 from ._trace import ROUTES, Kind, RouteClosed, Trace, canonical_names, without_checks
@@ -27,6 +28,9 @@ from .errors import CaptureError, ModelMismatchError, ModnormError, WeightError
 from .inputs import example_inputs, input_names, without_cache
 
 __all__ = ["Captured", "Input", "capture", "where"]
+
+#: routes that are for what cannot be exported, and the export that each is taken instead of
+WITH_VALUES = {"make_fx(eval)": "export(eval)", "make_fx(train)": "export(train)"}
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,17 @@ class Captured:
                     f"The graph needs the {entry.kind} {entry.name!r}, which is not there.",
                     do="run it with the model that was captured and the same arguments",
                 )
-        with torch.no_grad():
+        with torch.no_grad(), _AnyStrides():
             return self.graph_module(*(values[entry.kind][entry.name] for entry in self.inputs))
+
+
+class _AnyStrides(TorchFunctionMode):
+    """Views that copy where they must: kernels may lay out their results otherwise than tracing foresaw."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.view.default:
+            return torch.reshape(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def capture(
@@ -166,8 +179,9 @@ def _capture(
     failures: dict[str, Exception] = {}
     best: tuple[str, Trace, set[str]] | None = None
     for route, trace in ROUTES.items():
-        if best is not None and (not best[2] or route.startswith("make_fx")):
-            break
+        if best is not None and (not best[2] or route in WITH_VALUES and WITH_VALUES[route] not in failures):
+            continue
+        seed()
         try:
             found = trace(model, args, kwargs)
             if _floats(found) and all(map(_empty, _floats(found).values())):
@@ -181,6 +195,7 @@ def _capture(
             if best is None and not failures:
                 check_runs(model, args, kwargs)
             failures[route] = error
+            forget_fake_tensors()  # in the caches of functions, which the next route would make constants of
         else:
             unused = _unused(found)
             if failures and len(unused) == len({id(p) for p in model.parameters()}):

@@ -134,7 +134,7 @@ def _with_placeholders(model: nn.Module, known: list[str], core: list[str]) -> I
     found: list[Placed] = []
     for method, tokens in MODALITIES:
         token = find(model.config, *tokens)
-        owner = next((owner for owner in ("", "model.") if _has(model, owner + method)), None)
+        owner = next((owner for owner in ("", "model.") if _takes(model, owner + method, known)), None)
         if token is None or owner is None:
             continue
         for given in _forms_of(model, owner + method, known):
@@ -236,8 +236,9 @@ def _features(model: nn.Module, method: str, given: Arguments) -> int:
     return sum(leaf.numel() // leaf.shape[-1] for leaf in (leaves[:1] if pooled is None else leaves))
 
 
-def _has(model: nn.Module, path: str) -> bool:
+def _takes(model: nn.Module, path: str, known: Sequence[str]) -> bool:
+    """Whether there is such a method, and it names what it takes (one that hands on its `kwargs` does not)."""
     try:
-        return callable(attrgetter(path)(model))
-    except AttributeError:
+        return not inspect.signature(attrgetter(path)(model)).parameters.keys().isdisjoint(known)
+    except (AttributeError, TypeError):
         return False

@@ -61,10 +61,18 @@ def find(config: Any, *names: str, sections: tuple[str, ...] = ()) -> Any:
         if part is not None:
             found = find(part, *names, sections=sections)
         else:
-            found = next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+            found = next((value for name in names if (value := _number(config, name)) is not None), None)
         if found is not None:
             return found
     return None
+
+
+def _number(config: Any, name: str) -> Any:
+    """An entry of a configuration; where it differs between layers that of the first."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError
+        return getattr(config.per_layer_config[0], name, None)
 
 
 def pair(size: Any) -> tuple[int, int]:
@@ -94,8 +102,10 @@ def token_ids(model: nn.Module, batch: int, *length: int) -> Tensor:
 
 
 def _tokens(model: nn.Module) -> int:
+    """Length of a text: `TOKENS`, unless the model takes fewer or an image stands in for more of them."""
     longest = find(model.config, "max_position_embeddings", "n_positions")
-    return min(TOKENS, longest) if isinstance(longest, int) and longest > 0 else TOKENS
+    wanted = max(TOKENS, int(find(model.config, "latent_query_num") or 0) + 4)
+    return min(wanted, longest) if isinstance(longest, int) and longest > 0 else wanted
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
@@ -225,7 +235,7 @@ def _patches(model: nn.Module) -> Tensor:
 def _latent_places(model: nn.Module) -> Tensor:
     """Where an image's latent queries stand in the text."""
     queries = int(find(model.config, "latent_query_num") or 1)
-    places = torch.zeros(BATCH, max(_tokens(model), queries + 4), dtype=torch.long)
+    places = torch.zeros(BATCH, _tokens(model), dtype=torch.long)
     places[:, 2 : 2 + queries] = 1
     return places
 

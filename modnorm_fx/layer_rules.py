@@ -67,11 +67,24 @@ def baddbmm(call: Call) -> Local:
     aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
     aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,
-    status="declared", source=UNIT_WEIGHTS, weights={"weight": atom_of.conv, "bias": atom_of.bias},
+    status="declared", weights={"weight": atom_of.conv, "bias": atom_of.bias},
+    source=UNIT_WEIGHTS + "; a depthwise one that is tracked has K taps of size 1/K and any sign, which add up to 1/√K",
 )  # fmt: skip
 def convolution(call: Call) -> Local:
-    s, w = call.scale("input"), _norm_of(call, "weight")
-    return Local(s * w, {"input": w, "weight": s, "bias": 1.0})
+    s, w, taps = call.scale("input"), _norm_of(call, "weight"), _depthwise_taps(call)
+    typical = 1 / math.sqrt(taps) if call.convention.tracks_scales else 1.0
+    return Local(s * w * typical, {"input": w * typical, "weight": s * typical, "bias": 1.0})
+
+
+def _depthwise_taps(call: Call) -> int:
+    """Taps of a convolution that has a filter of its own for each channel; 1 for others.
+
+    Behind a norm layer it makes no difference. In a stream without one (``x + conv(x)``, convolutions as position
+    encodings) a branch that counts as large as the stream makes it grow by √2 each time: by 2¹⁸ in a large DaViT.
+    """
+    _, channels, *kernel = call.shape("weight")
+    groups = call.args.get("groups")
+    return math.prod(kernel) if channels == 1 and isinstance(groups, int) and groups > 1 else 1
 
 
 @LAYERS.rule(aten._grouped_mm.default, "transformers.grouped_mm_fallback.default", status="declared",

@@ -43,6 +43,10 @@ CONVERGED = 0.05
 RARE = 5.0
 
 
+#: what float32 holds
+LARGEST = torch.finfo(torch.float32).max
+
+
 #: activations do all they do at inputs of ordinary size: where cells of the whole range would be longer than NEAR/100,
 #: the inputs up to NEAR have cells of their own. At a scale of 1e4 the slope of tanh all comes from there.
 NEAR = 20.0
@@ -68,10 +72,11 @@ def gaussian_moments(
 ) -> tuple[float, float]:
     """Root mean square of ``f(scale·z)`` and of ``f'(scale·z)`` for ``z ~ N(0, 1)``, or ``±|z|`` if its sign is known.
 
-    Points where the function is not finite are left out: its operand is then positive, or bounded, by construction.
-    An integral that does not converge (of ``1/x²``, the squared slope of ``log x``, near 0), or most of which comes
-    from entries that are too rare to be met (of ``exp`` at a scale above 2.5), is not taken: the number is then that at
-    the size of the operand, ``±scale``, as in rules for functions of something positive.
+    Points where the function is not finite (in float32, which the model computes in) are left out: its operand is then
+    positive, or bounded, by construction. An integral that does not converge (of ``1/x²``, the squared slope of
+    ``log x``, near 0), or most of which comes from entries that are too rare to be met (of ``exp`` at a scale above
+    2.5), is not taken: the number is then that at the size of the operand, ``±scale``, as in rules for functions of
+    something positive; if there is one, for at a scale of 1000 ``exp`` is infinite there, or zero.
 
     Args:
         function: elementwise, differentiable almost everywhere; called on a float64 vector.
@@ -109,6 +114,8 @@ def gaussian_moments(
     if not finite.any():
         return found
     there = _moments(y, slope, finite.double())
+    if not finite.all() and not any(there):
+        return found
     return there[0] if diverges[0] else found[0], there[1] if diverges[1] else found[1]
 
 
@@ -120,7 +127,8 @@ def _evaluated(
         x = places.requires_grad_()
         y = function(x)
         slope = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else torch.zeros_like(x)
-    return y.detach().double(), slope.double()
+    y, slope = y.detach().double(), slope.double()
+    return torch.where(y.abs() < LARGEST, y, torch.inf), torch.where(slope.abs() < LARGEST, slope, torch.inf)
 
 
 def _moments(

@@ -269,7 +269,9 @@ def looked_up(site: Site) -> Atom:
 
 
 def table(site: Site) -> Atom:
-    """A table: rows are positions, the operand's feature axes are features."""
+    """A table: rows are positions, the operand's feature axes are features. A single number has neither."""
+    if not site.shape:
+        return Scalar(site.shape)
     varying = _varying(site)
     features = [d for d in varying if d in _aligned_features(site)] or varying[-1:]
     whole = torch.empty(site.shape, device="meta")

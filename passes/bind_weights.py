@@ -145,11 +145,20 @@ def _follow(
         return replace(value, view=view)
     affine = _affine(key, args, source, constants)
     if affine is not None:
-        return replace(value, through=value.through + (_op_name(node),), affine=affine.after(value.affine))
+        through, value = value.through + (_op_name(node),), _broadcast(value, node)
+        return replace(value, through=through, affine=affine.after(value.affine))
     if key in ARITHMETIC or (row is not None and row.pointwise):
         name = "reciprocal" if key is aten.div.Tensor else _op_name(node)
-        return replace(value, through=value.through + (name,), affine=IDENTITY)
+        return replace(_broadcast(value, node), through=value.through + (name,), affine=IDENTITY)
     return None
+
+
+def _broadcast(value: _Value, node: fx.Node) -> _Value:
+    """`value` in the shape of ``node``, whose numbers may have more axes than the weight: ``w[:, None] / periods``."""
+    size = node.meta["val"].shape
+    if "index" in value.through or value.view.shape == size:
+        return value
+    return replace(value, view=value.view.expand(size))
 
 
 def _op_name(node: fx.Node) -> str:

@@ -4,7 +4,7 @@
 * *weight*: one parameter, seen through views, casts and reparametrisations (``1 + w``, ``-exp(w)``), before it meets a
   signal.
 * *exogenous*: constants, buffers, integer inputs and whatever is computed from those alone (masks, positions, rotary
-  tables).
+  tables); and what has no entries (the rows of a table beyond its last).
 
 Assumes a functional graph. Promises: each node has exactly one kind; a parameter that meets another parameter or
 enters an op that no weight-side op explains makes that op a signal (a *learned source*), never a guess.
@@ -102,6 +102,11 @@ def is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def _is_empty(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.numel() == 0
+
+
 def classify_flow(module: fx.GraphModule, inputs: tuple[Input, ...], *, rules: RuleTable) -> Flow:
     """Gives every node its kind (see the module's docstring)."""
     kinds: dict[fx.Node, Kind] = {}
@@ -117,7 +122,8 @@ def classify_flow(module: fx.GraphModule, inputs: tuple[Input, ...], *, rules: R
         if node.op in ("placeholder", "output"):
             continue
         sources = node.all_input_nodes
-        if not is_float(node) or node.target in SHAPE_ONLY or all(kinds[s] is Kind.EXOGENOUS for s in sources):
+        outside = all(kinds[s] is Kind.EXOGENOUS for s in sources)
+        if outside or not is_float(node) or node.target in SHAPE_ONLY or _is_empty(node):
             kinds[node] = Kind.EXOGENOUS
             continue
         weights = [s for s in sources if kinds[s] is Kind.WEIGHT]

@@ -5,11 +5,15 @@
 ``linear_attention``. Taken one by one, the product and the sum would count n independent terms, √n, where the weights
 sum to 1; and in linear attention q and k would count twice, once above and once below the line.
 
+``x + γ (pool(x) - x)`` (a stream that is mixed by pooling, without a norm layer before) becomes ``smoothing``. The
+terms cancel, and as independent ones they would make the stream grow by √3 in every block.
+
 Assumes a functional graph, its flow, and that softmax attention was recognised. Promises the same outputs.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx
@@ -20,6 +24,7 @@ from .canonicalize import CASTS, aten, is_call, number, shape, strip
 from .flow import Flow
 from .recognize_attention import MATMULS, SOFTMAX, VIEWS
 
+POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
 #: what the weights pass through on the way from the softmax
 MOVES = (*VIEWS, aten.transpose.int, aten.permute.default, aten.flatten.using_ints, aten.unflatten.int)
 
@@ -27,7 +32,8 @@ MOVES = (*VIEWS, aten.transpose.int, aten.permute.default, aten.flatten.using_in
 def recognize_averages(module: fx.GraphModule, flow: Flow) -> int:
     """Rewrites ``module`` in place and returns how many averages were found."""
     nodes = list(module.graph.nodes)
-    return sum(_weighted(module, node, flow) or _linear_attention(module, node, flow) for node in nodes)
+    found = (_weighted, _linear_attention, _smoothing)
+    return sum(any(recognize(module, node, flow) for recognize in found) for node in nodes)
 
 
 def _weighted(module: fx.GraphModule, node: fx.Node, flow: Flow) -> bool:
@@ -85,3 +91,35 @@ def _linear_attention(module: fx.GraphModule, node: fx.Node, flow: Flow) -> bool
     inputs = {"query": query, "key": key, "value": value}
     extract(module, "linear_attention", [*inside, above, context, padded], node, inputs)
     return True
+
+
+def _smoothing(module: fx.GraphModule, node: fx.Node, flow: Flow) -> bool:
+    """``node`` adds to a value the difference of its averages over windows and itself, times a learned gain or not."""
+    if not is_call(node, aten.add.Tensor) or node.kwargs or len(node.args) != 2:
+        return False
+    terms: Any = node.args
+    for x, branch in (terms, terms[::-1]):
+        if not isinstance(x, fx.Node) or not flow.signal(x):
+            continue
+        factors: Any = branch.args if is_call(branch, aten.mul.Tensor) else (branch, None)
+        for difference, gain in (factors, factors[::-1]):
+            if not is_call(difference, aten.sub.Tensor) or difference.kwargs or difference.args[1] is not x:
+                continue
+            pool: Any = difference.args[0]
+            if not is_call(pool, *POOLS) or pool.args[0] is not x or shape(pool) != shape(x):
+                continue
+            if gain is not None and not (isinstance(gain, fx.Node) and not flow.signal(gain)):
+                continue
+            inputs = {"input": x} | ({} if gain is None else {"gain": gain})
+            inside = [node, *([] if gain is None else [branch]), difference, pool]
+            extract(module, "smoothing", inside, node, inputs, {"window": math.prod(_window(pool))})
+            return True
+    return False
+
+
+def _window(pool: fx.Node) -> tuple[int, ...]:
+    """Sizes of the windows of a pooling, one for each axis."""
+    sizes: Any = pool.args[1]
+    axes = int(str(pool.target).split("avg_pool")[1][0])
+    given = tuple(sizes) if isinstance(sizes, list | tuple) else (sizes,)
+    return given * (axes if len(given) == 1 else 1)

@@ -74,6 +74,7 @@ def split_packed(
     Args:
         constants: values of the placeholders of constants: an index such as ``[[-2]]`` is one.
     """
+
     def cut(node: fx.Node) -> dict[Slice, list[tuple[fx.Node, torch.Tensor]]] | None:
         layer = _layer(node, module, flow)
         return _parts(layer, rules, constants) if layer else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from modnorm_fx.models_zoo import build
+from modnorm_fx.models_zoo.coverage import _NoDropout
 from torch import Tensor, nn
 
 from modnorm_fx import convert, pipeline
+from modnorm_fx._copies import keep_layers, seed
 from modnorm_fx._outputs import named_leaves
 from modnorm_fx.capture import Captured
 from modnorm_fx.inputs import example_inputs
@@ -26,7 +29,7 @@ from timm.models import densenet, metaformer, mlp_mixer, volo  # isort: skip
 
 @dataclass
 class Family:
-    """A model in evaluation mode, its inputs, and what conversion made of it.
+    """A model in the mode that it was captured in, its inputs, and what conversion made of it.
 
     Attributes:
         captured: the graph, which the passes have rewritten since.
@@ -42,12 +45,22 @@ class Family:
 
     def rewritten(self) -> tuple[Any, ...]:
         """The outputs of the graph as the passes left it."""
-        return self.captured(self.model, *copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))
+        with steady():
+            return self.captured(self.model, *copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))
 
     def eager(self) -> list[Tensor]:
         """The same outputs of the model itself, with their graph of gradients."""
-        leaves = dict(named_leaves(self.model(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))))
+        with steady():
+            leaves = dict(named_leaves(self.model(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))))
         return [leaves[name] for name in self.captured.outputs]
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """The draws of capture, and no dropout: what training leaves to chance is the same every time."""
+    seed()
+    with _NoDropout():
+        yield
 
 
 def image(size: int) -> tuple[Tensor]:
@@ -142,13 +155,15 @@ def family(name: str) -> Family:
         else:
             args, kwargs = example_inputs(model)
     model.eval()
+    keep_layers(model)
     if hasattr(getattr(model, "config", None), "use_cache"):
         kwargs["use_cache"] = False
     kept: list[tuple[Captured, tuple[Any, ...]]] = []
 
     def capture(*inputs: Any, **options: Any) -> Captured:
         captured = pipeline_capture(*inputs, **options)
-        kept.append((captured, captured(model, *copy.deepcopy(args), **copy.deepcopy(kwargs))))
+        with steady():
+            kept.append((captured, captured(model, *copy.deepcopy(args), **copy.deepcopy(kwargs))))
         return captured
 
     pipeline_capture = pipeline.capture
@@ -157,4 +172,5 @@ def family(name: str) -> Family:
         warnings.simplefilter("ignore")
         norm = convert(model, args, kwargs)
     captured, traced = kept[0]
+    model.train("train" in captured.route)
     return Family(model, args, kwargs, norm, captured, traced)

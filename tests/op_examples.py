@@ -85,7 +85,7 @@ EXAMPLES: dict[object, list[Example]] = {
     aten.conv2d.default: [
         conv(IMAGE, C2, W("bias", (6,))),
         conv(IMAGE, W("conv", (4, 2, 3, 3), groups=2), None, [1, 1], [1, 1], [1, 1], 2),
-        conv(IMAGE, W("conv", (4, 1, 3, 3), groups=4), None, [1, 1], [2, 2], [2, 2], 4),
+        Example((T((2, 8, 8, 8)), W("conv", (8, 1, 3, 3), groups=8), None, [1, 1], [0, 0], [1, 1], 8), check="typical"),
     ],
     aten.conv3d.default: [conv(VOLUME, C3)],
     aten.conv1d.padding: [conv(SEQUENCE, C1, None, [1], "same")],

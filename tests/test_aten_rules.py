@@ -58,6 +58,7 @@ REGIONS = {
     "computed_weight": [],  # of parameters: test_pass_computed_weights
     "weighted_average": [],  # tests of recognize_averages
     "linear_attention": [],
+    "smoothing": [],
 }
 
 

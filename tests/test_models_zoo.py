@@ -221,6 +221,26 @@ def test_a_tiny_model_has_every_kind_of_layer(name: str) -> None:
     assert parameter_kinds(tiny) == parameter_kinds(whole)
 
 
+@pytest.mark.parametrize("name", ["gemma4_text", "dots3_note_text", "neomme"])
+def test_layers_that_differ_in_their_numbers_stay_different(name: str) -> None:
+    """Transformers' `per_layer_config`: widths, heads or windows of single layers."""
+    config, whole = (build(f"hf:{spec}", device="meta").config for spec in (f"{name}-tiny", name))
+    assert config.num_hidden_layers < whole.num_hidden_layers and set(config.layer_types) == set(whole.layer_types)
+    assert config.per_layer_attributes <= whole.per_layer_attributes != set()
+    four = build(f"hf:{name}-tiny", layers=4, device="meta").config
+    assert len(four.layer_types) == four.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cohere_compass_text", "diffusion_gemma", "dots3_note", "ernie4_5_vl_moe", "fast_vlm", "fun_asr_nano", "glm5_next"]
+    + ["gradium_phonon_tts", "granite4_vision", "hunyuan_v1_dense", "mimi_decoder", "ministral", "molmo2", "muse_spark"]
+    + ["pocket_tts", "pp_ocrv5_server_det", "qwen4_exp_text", "edgetam"],
+)
+def test_what_transformers_has_no_default_for_is_filled_in(name: str) -> None:
+    assert sum(p.numel() for p in build(f"hf:{name}-tiny", device="meta").parameters()) < 20_000_000
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "beam", "dots1", "dbrx"])
 def test_tiny_routers_choose(name: str) -> None:
     config = build(f"hf:{name}-tiny", device="meta").config

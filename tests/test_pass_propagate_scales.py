@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from random_nets import Net, facts, programs, written_down
 from staged import REWRITES, With, stage
-from torch import nn
+from torch import Tensor, nn
 
-from modnorm_fx import ATEN
+from modnorm_fx import ATEN, convert
 from modnorm_fx.conventions import PAPER, TRACKED
 from modnorm_fx.errors import UnknownOpError
 from modnorm_fx.rules import Local
@@ -178,3 +178,26 @@ def test_a_rule_that_forgets_an_operand_is_an_error():
     rules.rule(*OWN, status="declared", source="x")(lambda call: Local(1.0, {}))
     with pytest.raises(UnknownOpError, match="its rule says nothing of operand x"):
         output_scale(Odd(), rules=rules)
+
+
+def test_a_stream_with_depthwise_convolutions_and_no_norm_layer() -> None:
+    """`x + conv(x)`, convolutions as position encodings: the stream of a net with weights of norm 1, as it runs."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, groups=8, bias=False) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x[..., 1:-1, 1:-1] + layer(x)
+            return x
+
+    model, x = Net(), torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0))
+    norm = convert(model, (x,))
+    norm.initialize_(model, generator=torch.Generator().manual_seed(0))
+    size = {leaf.key: leaf.target for leaf in norm.leaves}
+    measured = model(x).square().mean().sqrt().item() / x.square().mean().sqrt().item()
+    first, last = size["layers.0.weight"], size["layers.11.weight"]
+    # as much of the stream's change as of its size: the same target in every layer, and 1.05 to the 12th in all
+    assert measured == pytest.approx((1 + 1 / 9) ** 6, rel=0.15) and last == pytest.approx(first, rel=1e-6)

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from staged import Staged, stage
+from staged import Staged, With, stage
+from torch import Tensor, nn
 
 from modnorm_fx import ATEN, convert
+from modnorm_fx.atoms import Gain
 from modnorm_fx.conventions import TRACKED
 from modnorm_fx.rules import Call
 
@@ -103,3 +105,77 @@ def test_the_number_of_positions_does_not_count():
         for n in (4, 400)
     )
     assert long == pytest.approx(short)
+
+
+# --- smoothing: x + g (pool(x) - x) -----------------------------------------------------------------------------------
+
+IMAGE = torch.randn(2, 8, 24, 24, generator=G)
+
+
+def pool(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+SMOOTHED = {
+    "PoolFormer": lambda s, x: x + (pool(x) - x) * s.w.view(-1, 1, 1),
+    "the other way round": lambda s, x: s.w.view(-1, 1, 1) * (pool(x) - x) + x,
+    "alone": lambda s, x: (x + (pool(x) - x)) * s.w.view(-1, 1, 1),
+}
+NOT_SMOOTHED = {
+    "another value": lambda s, x: x.exp() + (pool(x) - x) * s.w.view(-1, 1, 1),
+    "another's average": lambda s, x: x + (pool(x.exp()) - x) * s.w.view(-1, 1, 1),
+    "subtracted": lambda s, x: x - (pool(x) - x) * s.w.view(-1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", [*SMOOTHED, *NOT_SMOOTHED])
+def test_a_value_and_its_difference_from_its_averages(name: str) -> None:
+    model = With({**SMOOTHED, **NOT_SMOOTHED}[name], w=(8,))
+    staged = stage(model, IMAGE)
+    staged.rewrite("averages")
+    assert staged.kinds() == ["smoothing"] * (name in SMOOTHED)
+    torch.testing.assert_close(staged.captured(model, IMAGE)[0], model(IMAGE))
+    if name == "PoolFormer":
+        (weight,) = staged.typed().values()
+        assert [atom for _, _, atom in weight.uses] == [Gain((8,))]
+
+
+def test_the_rule_for_smoothing_against_the_jacobian() -> None:
+    """At a gain of 1, of white noise: what the input passes is at most 1, and a change of the gain √(8/9)."""
+    x, w = IMAGE[:1, :2, :8, :8], torch.ones(2)
+    model = With(SMOOTHED["PoolFormer"], w=(2,))
+    staged = stage(model, x)
+    staged.rewrite("averages")
+    (node,) = [n for n in staged.module.graph.nodes if n.op == "call_module"]
+    region = staged.module.get_submodule(str(node.target))
+    args = dict(zip(region.inputs, node.args, strict=True)) | {"region": region}
+    claim = ATEN["smoothing"].function(Call(node, args, dict.fromkeys(node.args, 1.0), {}, TRACKED))
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"w": w}, (x,))
+
+    by_input, by_gain = torch.autograd.functional.jacobian(run, (x, w))
+    assert torch.linalg.matrix_norm(by_input.reshape(x.numel(), -1), 2) <= claim.sensitivity["input"] * 1.2  # borders
+    change = (by_gain @ torch.tensor([1.0, -1.0])).square().mean().sqrt() / x.square().mean().sqrt()
+    assert change == pytest.approx(claim.sensitivity["gain"], rel=0.1)
+    assert run(x, w).square().mean().sqrt() <= claim.scale * x.square().mean().sqrt()
+
+
+def test_a_stream_that_is_pooled_does_not_grow() -> None:
+    """Twelve blocks of it: no weight of a branch may move three times as far as that of the block before."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gains = nn.ParameterList(nn.Parameter(torch.ones(8)) for _ in range(12))
+            self.layers = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(12))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for gain, layer, norm in zip(self.gains, self.layers, self.norms, strict=True):
+                x = x + (pool(x) - x) * gain.view(-1, 1, 1)
+                x = x + norm(layer(x))
+            return x
+
+    targets = {leaf.key: leaf.target for leaf in convert(Net(), (IMAGE,)).leaves}
+    assert targets["layers.11.weight"] < 20 * targets["layers.0.weight"]

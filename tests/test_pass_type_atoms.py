@@ -190,6 +190,31 @@ def test_keys_are_python_notation():
         assert part.numel() == (16 * 16 if "weight" in key else 16)
 
 
+def test_a_single_number_among_logits_is_a_scalar():
+    """A bin for what finds no match, beside the scores (SuperGlue)."""
+    assert one(lambda s, x: torch.cat([x, s.w.expand(2, 6, 1)], -1), w=()) == A.Scalar(())
+
+
+def test_rows_beyond_the_last_are_no_use():
+    """RF-DETR joins what it refines of a table with the rest of it, of which nothing is left."""
+    found = atoms(With(lambda s, x: torch.cat([x + s.w[:6], s.w[6:].expand(2, 0, 16)], 1), w=(6, 16)))
+    assert found == {"w": [A.Table((6, 16), feature_axes=(1,))]}
+
+
+def test_a_column_times_numbers_keeps_its_place_when_every_second_one_is_taken():
+    """Sines and cosines of learned coordinates (SAM 3): the numbers have more entries than the column."""
+
+    def function(s: nn.Module, x: Tensor) -> Tensor:
+        angles = s.w[:, 1, None] * torch.arange(1.0, 17.0)
+        return x + torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], dim=-1).flatten(1)
+
+    model = With(function, w=(6, 4))
+    moved = torch.autograd.functional.jacobian(lambda w: torch.func.functional_call(model, {"w": w}, (X,)), model.w)
+    assert (moved.abs().sum((0, 1, 2, 3)) > 0).tolist() == [False, True, False, False]
+    found = weights(model)
+    assert list(found) == ["w[:, 1:2]"] and len(found["w[:, 1:2]"].uses) == 2
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

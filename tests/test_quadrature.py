@@ -142,3 +142,11 @@ def test_a_saturated_function_keeps_the_slope_that_it_has_near_zero(scale: float
     size, slope = gaussian_moments(torch.tanh, scale)
     assert size == pytest.approx(1.0, rel=0.02)
     assert slope == pytest.approx(math.sqrt(4 / 3 / scale / math.sqrt(2 * math.pi)), rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e3, 1e5])
+def test_exp_has_its_own_size_as_slope_however_large_its_operand(scale: float) -> None:
+    """exp' = exp; what float32 cannot hold does not occur, and nothing is infinite or zero."""
+    size, slope = gaussian_moments(torch.exp, scale)
+    assert 0 < size <= torch.finfo(torch.float32).max
+    assert slope == pytest.approx(size)
