@@ -99,7 +99,7 @@ class GraphedStep:
                 steps = [torch.where(fine, f, 0.0) for f in steps]
                 for update in normalizer.buffers:  # 0 · infinity is not 0
                     update.copy_(torch.where(fine, update, 0.0))
-                kept = zip(normalizer._fresh, normalizer.vectors, strict=True)
+                kept: Any = zip(normalizer._fresh, normalizer.vectors, strict=True)
                 normalizer._fresh = [torch.where(fine, new, old) for new, old in kept]
             normalizer.keep(in_place=True)
             normalizer.apply_(steps, weights, self._rates)
@@ -115,7 +115,7 @@ class GraphedStep:
 
     def replay(self, settings: Mapping[str, tuple[float | Tensor, float]], active: Active) -> bool:
         """Does the step; returns whether it was refused because an update was not finite."""
-        moved = [
+        moved: list[tuple[Any, Any]] = [
             (there, p.grad) for there, (_, _, p) in zip(self._gradients, active, strict=True) if p.grad is not there
         ]
         if moved:

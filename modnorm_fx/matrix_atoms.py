@@ -61,7 +61,8 @@ class _Spectral(Atom):
         return self._assemble(factor * (shares(sigma) / self.unit)[:, None, None])
 
     def _draw(self, w: Tensor, generator: torch.Generator | None) -> Tensor:
-        pieces = runtime.semi_orthogonal(*self.matrices(w).shape, generator=generator, device=w.device)
+        count, rows, columns = self.matrices(w).shape
+        pieces = runtime.semi_orthogonal(count, rows, columns, generator=generator, device=w.device)
         return self._assemble(pieces / self.unit)
 
 

@@ -181,7 +181,7 @@ class Normalizer:
         """Power vectors of the last `factors` are those that the next one starts from; `in_place` they stay where they
         are in memory."""
         if in_place:
-            torch._foreach_copy_(self.vectors, self._fresh)
+            torch._foreach_copy_(self.vectors, self._fresh)  # type: ignore[arg-type]
         else:
             self.vectors = list(self._fresh)
         for key in set(self._learned):

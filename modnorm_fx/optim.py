@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from . import step_op
 from .base_step import Active, BaseStep, announce, logger
+from .buckets import Placement
 from .codegen import make
 from .errors import FormatError, ModelMismatchError, NonFiniteError, OptimizerError
 from .graph import GraphedStep, check_capturable
@@ -101,6 +102,7 @@ class ModularOptimizer(Optimizer):
         self._names: dict[Tensor, str] = {}
         self._normalizer: Normalizer | None = None
         self._saved: dict[str, Any] = {}  # its state, while there is none
+        self._placements: dict[str, Placement] = {}
         self._graph: GraphedStep | None = None
         self._number = step_op.enlist(self)
         self._check_known([(i, p) for i, group in enumerate(base.param_groups) for p in group["params"]])
@@ -355,7 +357,7 @@ class ModularOptimizer(Optimizer):
         gradients: list[Any] = [p.grad for _, _, p in active]
         if not gradients or torch.nn.utils.get_total_norm(gradients).isfinite():
             return  # a sum of squares is the quickest look at all entries; large ones can overflow it
-        if bad := [name for _, name, p in active if not p.grad.isfinite().all()]:
+        if bad := [name for _, name, p in active if not p.grad.isfinite().all()]:  # type: ignore[union-attr]
             self._refuse("gradient", bad)
 
     def _refuse(self, what: str, bad: list[str]) -> None:

@@ -45,8 +45,8 @@ def library() -> ctypes.CDLL | None:
         logger.warning("No C++ compiler was found: updates are normalised by torch, which takes about twice as long.")
         return None
     try:
-        path = _built(compiler)
-        return ctypes.CDLL(str(path)) if path else None
+        built = _built(compiler)
+        return ctypes.CDLL(str(built)) if built else None
     except OSError as error:
         logger.warning("The C++ kernels could not be used (%s): torch normalises updates instead.", error)
         return None
