@@ -56,7 +56,10 @@ SAME = 1e-3
 #: functions that drop something out among other things -> place of its probability among their arguments
 ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
 #: files of the package that no conversion passes through
-FACES = ("cli", "commands", "report", "report_rows", "optim", "base_step", "compile", "codegen", "norm_json")
+FACES = tuple(
+    "cli commands report report_rows buckets atom_code normalizer codegen orthogonal fused_adamw base_step graph "
+    "step_op optim compile norm_json".split()
+)
 
 
 @dataclass

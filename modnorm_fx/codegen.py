@@ -57,7 +57,7 @@ TAIL = '''
 
 def normalize_(updates, u=None, target=1.0):
     """{what} (parameter -> tensor) in place to norm `target`. Returns the power vectors, for the next call."""
-    return rt.run(factors, NAMES, LINES, updates, u, target)
+    return rt.run(factors, NAMES, SHAPES, LINES, updates, u or [None] * len(SPECTRAL), target)
 '''
 
 

@@ -110,8 +110,12 @@ def explain(args: argparse.Namespace) -> int:
 def emit(args: argparse.Namespace) -> int:
     """Writes the source of the model's normaliser."""
     dtype = getattr(torch, args.dtype)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise ModnormError(f"--device {args.device!r} is no device.", why=str(error).splitlines()[0]) from error
     norm = _norm_without_weights(args)
-    text = codegen.source(norm, dict.fromkeys(norm.shapes, (dtype, torch.device(args.device))), args.mode)
+    text = codegen.source(norm, dict.fromkeys(norm.shapes, (dtype, device)), args.mode)
     if args.out is None:
         print(text, end="")
         return 0

@@ -84,7 +84,7 @@ class GraphedStep:
         self._gradients: list[Any] = [p.grad for _, _, p in active]
         self._rates = normalizer.rates(opt._settings(active))
         self._bad = torch.zeros((), dtype=torch.bool, device=active[0][2].device)
-        self.factors: list[Tensor] = []
+        self.marks: list[Tensor] = []  # of each bucket, which updates were finite
         self._checks = opt.nonfinite != "unchecked"
         weights = {name: p for _, name, p in active}
         self._normalizer = normalizer
@@ -92,9 +92,10 @@ class GraphedStep:
         def run() -> None:
             for (_, _, p), gradient in zip(active, self._gradients, strict=True):
                 p.grad = gradient
-            self.factors = steps = opt._factors(normalizer, active, None)
+            steps = opt._factors(normalizer, active, None)
             if self._checks:
-                fine = torch.stack([f.isfinite().all() for f in self._looked_at()]).all()
+                self.marks = normalizer.marks(steps)
+                fine = torch.stack([marks.all() for marks in self.marks]).all()
                 self._bad.copy_(~fine)
                 steps = [torch.where(fine, f, 0.0) for f in steps]
                 for update in normalizer.buffers:  # 0 · infinity is not 0
@@ -105,9 +106,6 @@ class GraphedStep:
             normalizer.apply_(steps, weights, self._rates)
 
         self._run = record(run)
-
-    def _looked_at(self) -> list[Tensor]:
-        return [*self.factors, *(self._normalizer.buffers if self._normalizer.mode == "dualize" else ())]
 
     def fits(self, opt: ModularOptimizer, normalizer: Normalizer, active: Active) -> bool:
         """Whether a replay would do what a step now should."""

@@ -88,7 +88,7 @@ class Normalizer:
 
     @property
     def mode(self) -> str:
-        """ "normalize" or "dualize"."""
+        """What is done to updates: they are scaled ("normalize"), or turned into steepest steps ("dualize")."""
         return self._code.MODE
 
     @property
@@ -126,56 +126,66 @@ class Normalizer:
             return self._factors()
 
     def _factors(self) -> list[Tensor]:
-        cold = [self._is_cold(index) for index in range(len(self.vectors))]
+        taught = {index: self._taught(index) for index in range(len(self.vectors)) if self._has_young(index)}
+        cold = [
+            vectors is None or (index in taught and self._is_cold(*taught[index]))
+            for index, vectors in enumerate(self.vectors)
+        ]
         if any(cold):
             given = [None if c else v for c, v in zip(cold, self.vectors, strict=True)]
-            taught = self._taught(cold)
             found, fresh = self._code.factors(self.buffers, given, self._targets)
             for index in (i for i, c in enumerate(cold) if c):
                 old, (moved, _) = self.vectors[index], taught[index]
                 if old is not None and not moved.all():
                     pieces = moved.repeat_interleave(len(old) // len(moved))
                     fresh[index] = torch.where(pieces[:, None, None], fresh[index], old)
-            self._learned = [
-                k for moved, keys in taught.values() for m, k in zip(moved.tolist(), keys, strict=True) if m
-            ]
         else:
             found, fresh = self._warm(self.buffers, self.vectors, self._targets)
-            self._learned = []
+        self._learned = [k for moved, keys in taught.values() for m, k in zip(moved.tolist(), keys, strict=True) if m]
         self._fresh = fresh
         return found
 
     @property
     def is_warm(self) -> bool:
-        """Whether the next `factors` takes one step of power iteration everywhere."""
-        return not any(self._is_cold(index) for index in range(len(self.vectors)))
+        """Whether every leaf that has ever moved takes one step of power iteration from now on."""
+        learning = any(0 < steps < COLD_STEPS for steps in self.steps.values())
+        return not learning and all(vectors is not None for vectors in self.vectors)
 
-    def _is_cold(self, index: int) -> bool:
-        targets = self._code.LINES[self._code.SPECTRAL[index]].targets
-        return self.vectors[index] is None or any(self.steps[key] < COLD_STEPS for key in targets)
+    def _line(self, index: int) -> runtime.Line:
+        """What a power iteration belongs to."""
+        return self._code.LINES[self._code.SPECTRAL[index]]
 
-    def _taught(self, cold: list[bool]) -> dict[int, tuple[Tensor, list[str]]]:
-        """For each cold power iteration: which updates are not zero (a zero update teaches nothing), and their keys."""
-        found = {}
-        for index, line in enumerate(self._code.LINES[owner] for owner in self._code.SPECTRAL):
-            if cold[index]:
-                part = runtime.take(self.buffers[line.bucket], line.places)
-                found[index] = part.flatten(1).any(1), list(line.targets)
-        return found
+    def _has_young(self, index: int) -> bool:
+        return any(self.steps[key] < COLD_STEPS for key in self._line(index).targets)
+
+    def _is_cold(self, moved: Tensor, keys: list[str]) -> bool:
+        return any(m and self.steps[key] < COLD_STEPS for m, key in zip(moved.tolist(), keys, strict=True))
+
+    def _taught(self, index: int) -> tuple[Tensor, list[str]]:
+        """Which updates are not zero (a zero update teaches nothing, and need not be followed), and their keys."""
+        line = self._line(index)
+        return runtime.take(self.buffers[line.bucket], line.places).flatten(1).any(1), list(line.targets)
 
     def refused(self, factors: Sequence[Tensor]) -> list[str]:
         """Parameters whose update holds NaN or infinity, or is too large for its squares to be finite. One
         synchronisation when there is none."""
-        looked_at = [*factors, *(self.buffers if self.mode == "dualize" else ())]
+        looked_at = self.looked_at(factors)
         if not looked_at or torch.nn.utils.get_total_norm(looked_at).isfinite():
             return []
-        finite = [x.flatten(1).isfinite().all(1) if x.dim() > 1 else x.isfinite() for x in looked_at]
-        return [
-            name
-            for names, marks in zip(self.names * 2, finite)  # noqa: B905 (twice when buffers are looked at)
-            for name, good in zip(names, marks.tolist(), strict=True)
-            if not good
-        ]
+        return self.named(self.marks(factors))
+
+    def looked_at(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Where an update that is not finite shows: in its factors, or in its dual."""
+        return self.buffers if self.mode == "dualize" else list(factors)
+
+    def marks(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """For each bucket which of its updates are finite, bool `[n]`."""
+        return [x.flatten(1).isfinite().all(1) if x.dim() > 1 else x.isfinite() for x in self.looked_at(factors)]
+
+    def named(self, marks: Sequence[Tensor]) -> list[str]:
+        """The parameters that are not marked."""
+        pairs = zip(self.names, marks, strict=True)
+        return [name for names, mark in pairs for name, good in zip(names, mark.tolist(), strict=True) if not good]
 
     def keep(self, *, in_place: bool = False) -> None:
         """Power vectors of the last `factors` are those that the next one starts from; `in_place` they stay where they
@@ -228,14 +238,20 @@ class Normalizer:
         """Scales (or dualises) a dict of updates in place: every leaf gets `target` times its own target. What belongs
         to no leaf becomes zero.
 
-        Raises OptimizerError if an update is missing, KeyError never.
+        Raises, before anything is changed: OptimizerError if updates are missing, unknown or of another shape,
+        NonFiniteError if one holds NaN or infinity.
         """
-        missing = [name for name in self.updates if name not in updates]
-        if missing:
-            raise OptimizerError(f"The normaliser got no update of {missing[0]}.", why=f"{len(missing)} are missing")
+        runtime.check(self.names, self._code.SHAPES, updates)
         for name, stacked in self.updates.items():
+            if updates[name].is_complex() and not stacked.is_complex():
+                raise OptimizerError(
+                    f"The update of {name} is complex, and the normaliser was made for {stacked.dtype}.",
+                    do="pass dtype=torch.complex64 to ModularNorm.normalizer",
+                )
             stacked.copy_(updates[name])
         found = self.factors()
+        if bad := self.refused(found):
+            raise runtime.not_finite(bad)
         self.keep()
         for names, buffer, factor in zip(self.names, self.buffers, found, strict=True):
             for name, scaled in zip(names, buffer * (target * factor), strict=True):

@@ -101,7 +101,7 @@ class ModularOptimizer(Optimizer):
         self._used = {leaf.weight for leaf in norm.leaves}
         self._names: dict[Tensor, str] = {}
         self._normalizer: Normalizer | None = None
-        self._saved: dict[str, Any] = {}  # its state, while there is none
+        self._saved: dict[str, Any] = {}  # state of leaves that it does not hold
         self._placements: dict[str, Placement] = {}
         self._graph: GraphedStep | None = None
         self._number = step_op.enlist(self)
@@ -160,7 +160,7 @@ class ModularOptimizer(Optimizer):
             "version": VERSION,
             "digest": self.norm.digest,
             "mode": self.mode,
-            "leaves": self._saved if self._normalizer is None else self._normalizer.state(),
+            "leaves": self._remembered(),
             "base_lr": list(self._base_step.lr),
             "base_extra": base,
         }
@@ -216,7 +216,7 @@ class ModularOptimizer(Optimizer):
         skipped = ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured", "step")
         kept = {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
         if self._normalizer is not None:  # generated again by the copy's first step
-            kept |= {"_normalizer": None, "_graph": None, "_saved": self._normalizer.state()}
+            kept |= {"_normalizer": None, "_graph": None, "_saved": self._remembered()}
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -234,8 +234,9 @@ class ModularOptimizer(Optimizer):
         """
         if torch.compiler.is_compiling() and closure is None:
             params = [p for group in self.param_groups for p in group["params"]]
-            moving = [p for p in params if p.requires_grad and p.grad is not None]
-            step_op.step(moving, [p.grad for p in moving], self._number)  # type: ignore[misc]
+            places = [i for i, p in enumerate(params) if p.requires_grad and p.grad is not None]
+            gradients: list[Any] = [params[i].grad for i in places]
+            step_op.step([params[i] for i in places], gradients, places, self._number)
             return None
         return self._step(closure)
 
@@ -295,12 +296,11 @@ class ModularOptimizer(Optimizer):
             self._graph = None  # its memory is free before the next one is captured
             self._graph = GraphedStep(self, normalizer, active)
         if self._graph.replay(self._settings(active), active):
-            self._refuse("update", normalizer.refused(self._graph.factors) or ["a weight"])
+            self._refuse("update", normalizer.named(self._graph.marks))
 
     def release(self) -> None:
         """Frees the CUDA graph and the normaliser's buffers; the next step makes them again, with the same state."""
-        if self._normalizer is not None:
-            self._saved = self._normalizer.state()
+        self._saved = self._remembered()
         self._graph = self._normalizer = None
 
     def _active(self) -> Active:
@@ -369,19 +369,24 @@ class ModularOptimizer(Optimizer):
         )
         raise _Refused(error)
 
+    def _remembered(self) -> dict[str, Any]:
+        """Power vectors and steps of all leaves, also of those that are frozen now."""
+        return self._saved | ({} if self._normalizer is None else self._normalizer.state())
+
     def _ready(self) -> Normalizer:
-        """The normaliser for the parameters as they are now: made again, with its state, when they have changed."""
+        """The normaliser for the parameters that train now: made again, with its state, when they have changed."""
         params = [p for group in self.param_groups for p in group["params"]]
         placements = {
-            self._names[p]: (self._base_step.update_type(p), p.device) for p in params if self._names[p] in self._used
+            self._names[p]: (self._base_step.update_type(p), p.device)
+            for p in params
+            if p.requires_grad and self._names[p] in self._used
         }
         if self._normalizer is None or placements != self._placements:
-            if self._normalizer is not None:
-                self._saved = self._normalizer.state()
+            self._saved = self._remembered()  # also for leaves that rest now, for when they move again
             self._graph = None
             self._normalizer = make(self.norm, placements, self.mode, self.backend)
             self._normalizer.load_state(self._saved)
-            self._placements, self._saved = placements, {}
+            self._placements = placements
         return self._normalizer
 
 

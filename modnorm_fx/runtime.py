@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .errors import NonFiniteError, OptimizerError
 from .spectral_norm import (
     BLOCK,
     TINY,
@@ -37,11 +38,13 @@ __all__ = [
     "Line",
     "PIECE_CAP",
     "TINY",
+    "check",
     "exact",
     "factors",
     "largest",
     "largest_eigenvalue",
     "most",
+    "not_finite",
     "orthogonal",
     "piece_factors",
     "polar_factor",
@@ -107,33 +110,63 @@ class Line(NamedTuple):
 def run(
     factors: Callable[..., tuple[list[Tensor], list[Tensor]]],
     names: Sequence[Sequence[str]],
+    shapes: Sequence[tuple[int, ...]],
     lines: Sequence[Line],
     updates: Mapping[str, Tensor],
-    vectors: Sequence[Tensor | None] | None = None,
-    target: float = 1.0,
+    vectors: Sequence[Tensor | None],
+    target: float,
 ) -> list[Tensor]:
     """Stacks `updates`, runs the generated `factors` on them, scales and puts them back; returns the power vectors.
 
-    Without vectors, spectral norms are found from a fixed start. Raises KeyError for an update that is missing.
+    Raises, before anything is changed: OptimizerError if updates are missing, unknown or of another shape,
+    NonFiniteError if one holds NaN or infinity.
     """
+    check(names, shapes, updates)
     stacks = [torch.stack([updates[name] for name in bucket]) for bucket in names]
     targets = [
         target * torch.tensor(list(line.targets.values()), dtype=working(x[:0]).dtype.to_real(), device=x.device)
         for line in lines
         for x in (stacks[line.bucket],)
     ]
-    found, fresh = factors(stacks, vectors or _Nothing(), targets)
-    for bucket, x, factor in zip(names, stacks, found, strict=True):
-        for name, scaled in zip(bucket, x * factor, strict=True):
-            updates[name].copy_(scaled)
+    found, fresh = factors(stacks, vectors, targets)
+    scaled = [x * factor for x, factor in zip(stacks, found, strict=True)]
+    if not torch.nn.utils.get_total_norm(scaled, float("inf")).isfinite():
+        pairs = [pair for bucket, x in zip(names, scaled, strict=True) for pair in zip(bucket, x, strict=True)]
+        raise not_finite([name for name, x in pairs if not x.isfinite().all()])
+    for bucket, x in zip(names, scaled, strict=True):
+        for name, update in zip(bucket, x, strict=True):
+            updates[name].copy_(update)
     return fresh
 
 
-class _Nothing:
-    """As many absent power vectors as are asked for."""
+def check(names: Sequence[Sequence[str]], shapes: Sequence[tuple[int, ...]], updates: Mapping[str, Tensor]) -> None:
+    """Raises OptimizerError unless `updates` has the names and shapes that a normaliser was generated for."""
+    wanted = {name: tuple(shape) for bucket, shape in zip(names, shapes, strict=True) for name in bucket}
+    missing, unknown = [n for n in wanted if n not in updates], [n for n in updates if n not in wanted]
+    if missing or unknown:
+        name, what = (missing[0], "no update of") if missing else (unknown[0], "an update it does not know,")
+        raise OptimizerError(
+            f"The normaliser got {what} {name}.",
+            why=f"{len(missing)} of its {len(wanted)} weights are missing, {len(unknown)} names are not among them",
+            do="pass an update of every weight that has a norm, by its name in the model, and no others",
+        )
+    for name, shape in wanted.items():
+        if tuple(updates[name].shape) != shape:
+            raise OptimizerError(
+                f"The update of {name} has shape {list(updates[name].shape)}.",
+                why=f"the normaliser was generated for {list(shape)}",
+                do="generate it again for this model",
+            )
 
-    def __getitem__(self, index: int) -> None:
-        return None
+
+def not_finite(names: Sequence[str]) -> NonFiniteError:
+    """The error for updates that cannot be scaled."""
+    others = f" (and of {len(names) - 1} other weights)" if len(names) > 1 else ""
+    return NonFiniteError(
+        f"The update of {names[0] if names else 'a weight'}{others} holds NaN or infinity, or is too large to square.",
+        why="no scaling makes it finite; nothing was changed",
+        do="find where it comes from",
+    )
 
 
 def spectral(matrices: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor]:

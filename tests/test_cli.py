@@ -133,6 +133,11 @@ def test_emit_writes_what_the_norm_generates(capsys: pytest.CaptureFixture[str],
     assert printed == norm.normalizer(dtype=torch.bfloat16, mode="dualize").source
 
 
+def test_emit_for_a_device_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "emit", *TINY_GPT, "--device", "abacus")
+    assert (code, out) == (1, "") and "--device 'abacus' is no device" in err and "defect" not in err
+
+
 @pytest.mark.parametrize("function", ["Described", "Named"])
 def test_a_model_in_a_file_says_its_inputs(capsys: pytest.CaptureFixture[str], user_file: Path, function: str) -> None:
     code, out, _ = run(capsys, "inspect", f"{user_file}:{function}", "--width", 12, "--flat")

@@ -7,18 +7,20 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from every_atom import CASES, converted, pieces, updates
+from fake_norm import Leaf, Norm
 from torch import Tensor, nn
 
 import modnorm_fx as mn
 from modnorm_fx import atoms as A
 from modnorm_fx import codegen
 from modnorm_fx.buckets import buckets
-from modnorm_fx.errors import FormatError, OptimizerError
+from modnorm_fx.errors import FormatError, ModnormError, OptimizerError
 from modnorm_fx.normalizer import COLD_STEPS
 from modnorm_fx.runtime import PIECE_CAP
 
@@ -114,11 +116,109 @@ def test_power_iteration_follows_updates_that_turn() -> None:
                 assert leaf.target * 0.999 < norm < leaf.target * 1.1, (step, leaf.key)
 
 
-def test_a_missing_update_is_named() -> None:
+@pytest.mark.parametrize("emitted", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: given.pop("qkv.weight"), "no update of qkv.weight"),
+        (lambda given: given.update(other=torch.ones(3)), "does not know, other"),
+        (lambda given: given.update({"qkv.weight": torch.ones(1, 16)}), r"qkv.weight has shape \[1, 16\]"),
+        (lambda given: given["qkv.weight"].fill_(torch.nan), "update of qkv.weight holds NaN"),
+    ],
+)
+def test_what_is_wrong_with_updates_is_named_and_nothing_changes(
+    emitted: bool, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     given = updates(NORM)
-    del given["qkv.weight"]
-    with pytest.raises(OptimizerError, match="no update of qkv.weight"):
-        NORM.normalizer().normalize_(given)
+    change(given)
+    before = {name: update.clone() for name, update in given.items()}
+    normalizer = NORM.normalizer()
+    with pytest.raises(ModnormError, match=message):
+        (codegen.load(normalizer.source) if emitted else normalizer).normalize_(given)
+    assert all(torch.equal(update.nan_to_num(), before[name].nan_to_num()) for name, update in given.items())
+    assert not normalizer.state()
+
+
+# Every kind of atom, in every kind of place ---------------------------------------------------------------------------
+
+ATOMS = [
+    A.Linear((10, 12)), A.Linear((12, 10), transposed=True), A.Linear((5, 12)),
+    A.Conv((12, 10, 3, 2)), A.Conv((12, 10, 3), groups=2), A.Conv((12, 1, 3), groups=12), A.Conv((10, 12, 2), groups=1,
+    transposed=True), A.Conv((20, 12, 3), groups=2, transposed=True), A.PatchConv((12, 3, 2, 2)),
+    A.Experts((3, 10, 12)), A.Experts((3, 12, 10), transposed=True), A.Gates((40, 12), gates=4),
+    A.Embedding((7, 12)), A.Table((1, 5, 12)), A.Table((4, 6, 5), feature_axes=(0, 2)), A.Bias((12,)), A.Bias(()),
+    A.GateBias((12,), gates=4), A.Gain((12,)), A.LogitBias((3, 4)), A.Scalar(()), A.Scalar((3, 4)),
+    A.Reshaped(A.Linear((12, 10)), (2, 6, 10)),
+    A.Reshaped(A.Experts((2, 9, 12)), (9, 24), permute=(1, 0, 2), stored=(9, 2, 12)),
+    A.Reshaped(A.Embedding((6, 10)), (10, 6), permute=(1, 0)),
+    A.Tied((12, 10), (A.Embedding((12, 10)), A.Linear((12, 10)), A.Linear((12, 10), transposed=True)), (0.3, 1.0, 2.0)),
+]  # fmt: skip
+
+
+def alone(atom: A.Atom, slices: tuple[A.Slice, ...] = (), shape: tuple[int, ...] | None = None) -> Norm:
+    """The norm of two equal parameters, each with one leaf."""
+    model = nn.Module()
+    for name in ("a", "b"):
+        setattr(model, name, nn.Parameter(torch.zeros(shape or atom.shape)))
+    return Norm(
+        model, [Leaf(f"{name}{slices or ''}", name, atom, target, slices) for name, target in (("a", 0.5), ("b", 2.0))]
+    )
+
+
+def normalised(norm: Norm, mode: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(shape, generator=g) for name, shape in norm.shapes.items()}
+    before = {name: update.clone() for name, update in given.items()}
+    codegen.make(norm, dict.fromkeys(given, (torch.float32, CPU)), mode).normalize_(given)
+    return given, before
+
+
+@pytest.mark.parametrize("mode", codegen.MODES)
+@pytest.mark.parametrize("atom", ATOMS, ids=lambda atom: f"{atom.kind}-{'x'.join(map(str, atom.shape))}")
+def test_every_kind_of_atom(atom: A.Atom, mode: str) -> None:
+    norm = alone(atom)
+    given, before = normalised(norm, mode)
+    for leaf in norm.leaves:
+        found, sizes = pieces(atom, given[leaf.weight]), pieces(atom, before[leaf.weight])
+        assert max(found) == pytest.approx(leaf.target, rel=2e-3)
+        if mode == "normalize":
+            assert found == pytest.approx([leaf.target * s / max(s, max(sizes) / PIECE_CAP) for s in sizes], rel=2e-3)
+        assert (given[leaf.weight] * before[leaf.weight]).sum() > 0
+
+
+def test_no_kind_of_atom_is_left_out() -> None:
+    from modnorm_fx.atom_base import _concrete
+
+    assert {cls.kind for cls in _concrete()} == {atom.kind for atom in ATOMS}
+
+
+@pytest.mark.parametrize("mode", codegen.MODES)
+@pytest.mark.parametrize(
+    ("slices", "shape", "atom"),
+    [
+        ((A.Slice(0, 10, 20, 30),), (30, 12), A.Linear((10, 12))),
+        ((A.Slice(1, 0, 12, 36),), (10, 36), A.Linear((10, 12))),
+        ((A.Slice(0, 2, 4, 6),), (30, 12), A.Linear((10, 12))),  # interleaved per head
+        ((A.Slice(1, 4, 6, 6),), (10, 36), A.Linear((10, 12))),
+        ((A.Slice(0, 2, 4, 6), A.Slice(0, 3, 9, 10)), (30, 12), A.Linear((6, 12))),  # a part of a part
+        ((A.Slice(0, 2, 4, 6), A.Slice(1, 0, 9, 12)), (30, 12), A.Linear((10, 9))),
+        ((A.Slice(0, 1, 3, 3),), (9,), A.Bias((6,))),
+        ((A.Slice(0, 2, 5, 8),), (8, 12), A.Embedding((3, 12))),  # a factor for each row of a slice
+        ((A.Slice(0, 1, 2, 2),), (10, 12), A.Embedding((5, 12))),
+        ((A.Slice(2, 0, 12, 24),), (3, 10, 24), A.Experts((3, 10, 12))),
+    ],
+)
+def test_slices_in_every_kind_of_place(
+    slices: tuple[A.Slice, ...], shape: tuple[int, ...], atom: A.Atom, mode: str
+) -> None:
+    norm = alone(atom, slices, shape)
+    given, before = normalised(norm, mode)
+    for leaf in norm.leaves:
+        sizes = pieces(atom, leaf.read(before[leaf.weight]))
+        wanted = [leaf.target * s / max(s, max(sizes) / PIECE_CAP) for s in sizes]
+        assert pieces(atom, leaf.read(given[leaf.weight])) == pytest.approx(wanted, rel=2e-3)
+        kept = leaf.read(given[leaf.weight]).abs().sum()
+        assert given[leaf.weight].abs().sum() == pytest.approx(kept.item(), rel=1e-5)  # and nothing beside it
 
 
 class Complex(nn.Module):

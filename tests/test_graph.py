@@ -112,11 +112,10 @@ def test_changed_settings_are_captured_again(device: str, captures: list[int]) -
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("mode", ["normalize", "dualize"])
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-def test_an_update_that_is_not_finite_changes_nothing(
-    device: str, monkeypatch: pytest.MonkeyPatch, nonfinite: str
-) -> None:
-    model, opt = setup(device, "cudagraph", "SGD", nonfinite=nonfinite)
+def test_an_update_that_is_not_finite_changes_nothing(device: str, nonfinite: str, mode: str) -> None:
+    model, opt = setup(device, "cudagraph", "SGD", nonfinite=nonfinite, mode=mode)
     train(model, opt, COLD_STEPS + 2)
     before, knew = values(model), copy.deepcopy(remembered(opt))
     backward(model, 99)

@@ -208,6 +208,19 @@ def test_a_compiler_that_fails_is_quoted(
     assert "cannot do this" in caplog.text
 
 
+def test_wrong_machine_code_is_not_used(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = (fresh / "wrong.cpp").resolve()
+    text = cpu.SOURCE.read_text(encoding="utf-8")
+    assert "sum += total(part);" in text
+    wrong.write_text(text.replace("sum += total(part);", "sum += 1.1 * total(part);"), encoding="utf-8")
+    monkeypatch.setattr(cpu, "SOURCE", wrong)
+    with caplog.at_level(logging.WARNING, logger="modnorm_fx"):
+        assert cpu.library() is None
+    assert "wrong code" in caplog.text
+
+
 def test_it_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODNORM_FX_CPP", "0")
     assert cpu.library() is None

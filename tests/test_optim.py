@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from modnorm_fx import atoms as A
+from modnorm_fx import runtime
+from modnorm_fx.normalizer import COLD_STEPS
 from modnorm_fx.optim import ModularOptimizer
 
 F = nn.functional
@@ -248,3 +250,48 @@ def test_warm_power_iteration_has_a_thin_tail_over_a_training_run(make):
     print(f"power iteration, estimate/true: 1% {low:.4f}  50% {middle:.4f}  99% {high:.4f}  min {min(quality):.4f}")
     assert low > 0.9 and middle > 0.98 and max(quality) < 1.001
     assert min(quality) > 0.9
+
+
+def test_frozen_parameters_take_no_memory_and_hold_up_nothing(monkeypatch):
+    """A frozen layer among equal ones: its power vectors wait, those of the others warm up."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(12, 12, bias=False) for _ in range(3)))
+    leaves = [Leaf(f"{i}.weight", f"{i}.weight", A.Linear((12, 12)), 0.1) for i in range(3)]
+    opt = ModularOptimizer(torch.optim.SGD(model.parameters()), Norm(model, leaves), lr=0.1)
+
+    def steps(count):
+        for _ in range(count):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p) if p.requires_grad else None
+            opt.step()
+
+    steps(2)
+    model[1].weight.requires_grad_(False)
+    steps(COLD_STEPS)
+    assert opt._normalizer.updates.keys() == {"0.weight", "2.weight"}
+    assert {key: entry["steps"] for key, entry in remembered(opt).items()} == {
+        "0.weight": COLD_STEPS, "1.weight": 2, "2.weight": COLD_STEPS,
+    }  # fmt: skip
+    monkeypatch.setattr(runtime, "start_vectors", None)  # warm: it is not called any more
+    steps(1)
+    monkeypatch.undo()
+    model[1].weight.requires_grad_(True)
+    steps(1)
+    assert remembered(opt)["1.weight"]["steps"] == 3
+
+
+def test_a_layer_that_never_moves_does_not_keep_its_neighbours_cold(monkeypatch):
+    model = torch.nn.Sequential(*(torch.nn.Linear(12, 12, bias=False) for _ in range(2)))
+    leaves = [Leaf(f"{i}.weight", f"{i}.weight", A.Linear((12, 12)), 0.1) for i in range(2)]
+    opt = ModularOptimizer(torch.optim.SGD(model.parameters()), Norm(model, leaves), lr=0.1)
+    for step in range(COLD_STEPS + 2):
+        model[0].weight.grad, model[1].weight.grad = torch.randn(12, 12), torch.zeros(12, 12)
+        if step == COLD_STEPS:
+            assert opt._normalizer.is_warm
+            monkeypatch.setattr(runtime, "start_vectors", None)
+        opt.step()
+    monkeypatch.undo()
+    before = model[1].weight.detach().clone()
+    model[1].weight.grad = torch.randn(12, 12)  # it wakes up, and is cold
+    opt.step()
+    moved = torch.linalg.matrix_norm(model[1].weight.detach() - before, 2).item()
+    assert moved == pytest.approx(0.1 * 0.1, rel=2e-3)

@@ -8,6 +8,9 @@ import pytest
 import torch
 from fake_norm import Lion, backward, setup, values
 
+from modnorm_fx import step_op
+from modnorm_fx.errors import OptimizerError
+
 BASES = {"AdamW": lambda p: torch.optim.AdamW(p, weight_decay=0.0), "Lion": Lion}
 
 
@@ -47,6 +50,17 @@ def test_a_compiled_training_step() -> None:
         results.append(values(model))
     for name, w in results[0].items():
         torch.testing.assert_close(results[1][name], w, rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_is_never_given_twice() -> None:
+    numbers = set()
+    for _ in range(3):
+        _, opt = setup(BASES["AdamW"])
+        numbers.add(opt._number)
+        del opt
+    assert len(numbers) == 3
+    with pytest.raises(OptimizerError, match="no longer exists"):
+        step_op.step([], [], [], 10**9)
 
 
 def test_a_copy_steps_its_own_weights() -> None:

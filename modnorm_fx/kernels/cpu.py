@@ -46,10 +46,27 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         built = _built(compiler)
-        return ctypes.CDLL(str(built)) if built else None
-    except OSError as error:
+        found = ctypes.CDLL(str(built)) if built else None
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         logger.warning("The C++ kernels could not be used (%s): torch normalises updates instead.", error)
         return None
+    if found is not None and not _is_right(found):
+        logger.warning("%s compiles the C++ kernels to wrong code: torch normalises updates instead.", compiler)
+        return None
+    return found
+
+
+def _is_right(compiled: ctypes.CDLL) -> bool:
+    """Whether a norm comes out as it should. (GCC 12 has been seen to compile an earlier version to nonsense.)"""
+    for rows, columns in ((64, 48), (21, 35)):
+        wave = torch.arange(rows * columns, device="cpu").mul(0.7).sin().view(1, rows, columns)
+        start = torch.arange(8 * columns, device="cpu").mul(1.3).cos().view(1, 8, columns)
+        basis = torch.linalg.qr((start.double() @ wave.double().mT).mT).Q
+        wanted = torch.linalg.matrix_norm(basis.mT @ wave.double(), 2)
+        found, _ = _power_step(compiled, wave, start, torch.zeros(8, columns, device="cpu"), 0.0)
+        if not torch.allclose(found.double(), wanted, rtol=1e-2):
+            return False
+    return True
 
 
 def _built(compiler: str) -> Path | None:
@@ -114,11 +131,17 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def power_step(matrices: Tensor, vectors: Tensor, dither: Tensor, amount: float) -> tuple[Tensor, Tensor]:
-    """`runtime.power_iteration` for float32 `matrices` `[P, rows, c]` with unit stride along c; eight vectors."""
+    """`power_iteration` for float32 `matrices` `[P, rows, c]` with unit stride along c; eight vectors."""
+    return _power_step(_library(), matrices, vectors, dither, amount)
+
+
+def _power_step(
+    compiled: ctypes.CDLL, matrices: Tensor, vectors: Tensor, dither: Tensor, amount: float
+) -> tuple[Tensor, Tensor]:
     fresh = vectors.clone(memory_format=torch.contiguous_format)
-    estimates = torch.empty(len(matrices))
+    estimates = torch.empty(len(matrices), device="cpu")
     pieces, rows, c = matrices.shape
-    _library().power_step(
+    compiled.power_step(
         _pieces(matrices), _long(pieces), _long(matrices.stride(1)), _long(rows), _long(c), _at(fresh), _at(dither),
         ctypes.c_double(amount), _at(estimates), torch.get_num_threads(),
     )  # fmt: skip
@@ -140,8 +163,8 @@ class AdamW:
     ):
         beta1, beta2 = betas
         self.averages, self.squares = _addresses(averages), _addresses(squares)
-        self.sizes = torch.tensor([1.0 / (1.0 - beta1**step) for step in steps], dtype=torch.float32)
-        self.roots = torch.tensor([(1.0 - beta2**step) ** -0.5 for step in steps], dtype=torch.float32)
+        self.sizes = torch.tensor([1.0 / (1.0 - beta1**step) for step in steps], dtype=torch.float32, device="cpu")
+        self.roots = torch.tensor([(1.0 - beta2**step) ** -0.5 for step in steps], dtype=torch.float32, device="cpu")
         self.numbers = (_float(beta1), _float(beta2), _float(eps), _float(-1.0 if maximize else 1.0))
 
 
