@@ -28,6 +28,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ MOST_PARAMETERS = 100_000_000
 #: relative difference of two float32 computations of the same thing: a few hundred roundings of 6e-8, amplified by norm
 #: layers whose input is small
 SAME = 1e-3
+EXPORTED = (
+    "The model asks torch whether it is being exported, and if so computes something else (its outputs change by "
+    "{:.2g} of their size): the graph is what it computes then."
+)
 #: functions that drop something out among other things -> place of its probability among their arguments
 ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
 #: files of the package that no conversion passes through
@@ -243,10 +248,20 @@ def _check_on_weights(spec: str, row: Row, norm: ModularNorm) -> None:
     model.train("train" in captured.route)  # the mode that the graph was captured in
     with _NoDropout(), torch.no_grad():
         seed()
-        expected = dict(named_leaves(model(*args, **kwargs)))
-        seed()
         found = dict(zip(captured.outputs, captured(model, *args, **kwargs), strict=True))
-    row.difference = max(_difference(tensor, expected.get(name)) for name, tensor in found.items())
+
+        def difference() -> float:
+            seed()
+            expected = dict(named_leaves(model(*args, **kwargs)))
+            return max(_difference(tensor, expected.get(name)) for name, tensor in found.items())
+
+        row.difference = difference()
+        if row.difference > SAME:  # transformers makes causal masks when exported where it forgoes them when run
+            with mock.patch("torch.compiler.is_exporting", return_value=True):
+                exported = difference()
+            if exported <= SAME:
+                row.warnings.append(EXPORTED.format(row.difference))
+                row.difference = exported
     for training in (True, False):  # dropout, and layers that are left out, only in the first
         model.train(training)
         seed()

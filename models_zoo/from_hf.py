@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,6 +42,24 @@ ANY = (
     *("KeypointDetection", "KeypointMatching", "PoseEstimation", "ImageMatting"),
     *("QuestionAnswering", "TimeSeriesPrediction", "", "PreTraining"),
 )
+# Architectures whose own class only chains parts, without a forward that could be trained: the part that stands for
+# them, by its entry in the configuration and its class. Of Bark the first of three language models, from text to
+# semantic tokens (the coarse one has the same code; the fine one is not causal). Of the Omni models the thinker, which
+# reads text, images and sound, and writes text, without what turns that to speech. Of SAM 3 for videos the detector,
+# without the tracker, which is an architecture of its own.
+PARTS = {
+    "bark": ("semantic_config", "BarkSemanticModel"),
+    "qwen2_5_omni": ("thinker_config", "Qwen2_5OmniThinkerForConditionalGeneration"),
+    "qwen3_omni_moe": ("thinker_config", "Qwen3OmniMoeThinkerForConditionalGeneration"),
+    "sam3_video": ("detector_config", "Sam3Model"),
+}
+# Trackers, whose forward goes through a video without gradients, in a session that it changes: their forward of a
+# single frame takes its place. Nothing is remembered from frame to frame, so that the weights for this are unused.
+TRACKERS = {
+    "edgetam_video": "EdgeTamVideoModel",
+    "sam2_video": "Sam2VideoModel",
+    "sam3_tracker_video": "Sam3TrackerVideoModel",
+}
 
 
 def names() -> tuple[str, ...]:
@@ -72,15 +90,17 @@ def families() -> tuple[str, ...]:
 
 
 def build(name: str, device: str | torch.device | None = None, **sizes: int | None) -> nn.Module:
-    """The model `name` (`config.model_type`, or that and `-tiny`) with its usual task's head, in the given sizes."""
+    """The model `name` (`config.model_type`, or that and `-tiny`) with its usual task's head, in the given sizes.
+
+    Of an architecture without a forward that could be trained what stands for it: see `PARTS` and `TRACKERS`.
+    """
     transformers = _transformers()
-    config = configuration(name, **sizes)
-    task, auto = _task(transformers, config)
+    config, task, kind, make = _class(transformers, configuration(name, **sizes))
     if sizes.get("classes") is not None and task not in CLASSIFIERS:
-        raise _refused(f"hf:{name}", ["classes"], f"it is built as {auto.__name__}, which has no classifier")
+        raise _refused(f"hf:{name}", ["classes"], f"it is built as {kind.__name__}, which has no classifier")
     try:
         with torch.device(device or "cpu"), _NumbersStay():
-            return auto.from_config(config)
+            return make(config)
     except Exception as error:
         given = ", ".join(f"{flag}={size}" for flag, size in sizes.items() if size is not None) or "default sizes"
         raise ModnormError(
@@ -144,6 +164,20 @@ def _transformers() -> Any:
     return transformers
 
 
+def _class(transformers: Any, config: Any) -> tuple[Any, str, Any, Callable[[Any], nn.Module]]:
+    """What is built: the configuration of it, its task, its class (or that of its task), and what makes it."""
+    if part := PARTS.get(config.model_type):
+        kind = getattr(transformers, part[1])
+        return getattr(config, part[0]), "", kind, kind._from_config
+    if tracker := TRACKERS.get(config.model_type):
+        whole = getattr(transformers, tracker)
+        methods = {"forward": whole._single_frame_forward, "__module__": whole.__module__}
+        one_frame: Any = type(tracker, (whole,), methods)
+        return config, "", one_frame, one_frame._from_config
+    task, auto = _task(transformers, config)
+    return config, task, auto, auto.from_config
+
+
 def _task(transformers: Any, config: Any) -> tuple[str, Any]:
     tasks: tuple[str, ...] = ANY
     if getattr(config, "text_config", None) is not None and getattr(config, "vision_config", None) is not None:
@@ -155,7 +189,14 @@ def _task(transformers: Any, config: Any) -> tuple[str, Any]:
     for task in tasks:
         auto = getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel", None)
         if auto is not None and type(config) in auto._model_mapping:
-            classes = auto._model_mapping[type(config)]
+            try:
+                classes = auto._model_mapping[type(config)]
+            except ValueError as error:  # named in its tables, but not given out
+                raise ModnormError(
+                    f"transformers has no model class for {config.model_type}, though it names one.",
+                    why=str(error).partition(" neither ")[0],
+                    do="Build the model in a function of your own and name it as path/to/file.py:function.",
+                ) from error
             if isinstance(classes, tuple):  # several for one task (with and without a distillation head): the first
                 config.architectures = [classes[0].__name__]
             return task, auto

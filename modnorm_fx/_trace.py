@@ -3,7 +3,9 @@
 1. `export(eval)`: `torch.export.export(strict=False)` of a fake copy; needs no weights, so a 70B model on `meta` works;
 2. `export(train)`: the same in training mode, when (1) fails or loses parameters (caches that evaluation keeps);
 3. `make_fx(eval)`: the model runs on values, for code that branches on data or makes sizes from it;
-4. `make_fx(train)`: the same in training mode, for models that only run in it (detectors that return losses).
+4. `make_fx(train)`: the same in training mode, for models that only run in it (detectors that return losses);
+5. `make_fx(below autograd)`: what (3) runs in the end, for `torch.vmap` and the transforms of `torch.func`, which end
+   above that level; layers come apart there (`linear` is `addmm`).
 
 Such a graph still writes in place and wraps parts in sub-graphs. Tracing the graph once more makes it functional. That
 gives what `run_decompositions({})` gives (`linear`, `layer_norm`, attention stay whole) in less than half the time.
@@ -15,19 +17,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import _trace_wrapped_higher_order_op as indexing
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ._composites import COMPOSITES
 from ._copies import MAX_REAL_BYTES, fake_copy, fake_inputs, real_bytes, real_copy, real_inputs
+from ._flex_attention import flex_attention, written_out
 from ._outputs import Flatten
 from .inputs import input_names
 
@@ -121,7 +127,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
         return Trace(*_functional(exported, feed, tensors, outputs), constants, returned)
 
 
-def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
+def _make_fx(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, whole: bool = True
+) -> Trace:
     if (size := real_bytes(model)) > MAX_REAL_BYTES:
         raise RouteClosed(
             f"a copy with values takes {size / 2**30:.0f} GiB, and {MAX_REAL_BYTES / 2**30:.0f} GiB are allowed"
@@ -142,9 +150,14 @@ def _make_fx(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
 
     run._orig_mod = copy  # type: ignore[attr-defined]  # where make_fx looks for modules, to record their paths
     trace = make_fx(
-        run, pre_dispatch=True, record_module_stack=True, record_stack_traces=True, _error_on_data_dependent_ops=False
+        run, pre_dispatch=whole, record_module_stack=True, record_stack_traces=True, _error_on_data_dependent_ops=False
     )
-    traced = trace(*tensors.values())
+    # what transformers' masks index with under vmap is an autograd function, which cannot be traced; it does no more
+    with (
+        mock.patch.object(indexing, "mod_index", torch.ops.aten.index.Tensor, create=True),
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        traced = trace(*tensors.values())
     return Trace(*_functional(traced, list(tensors), tensors), {}, returned)
 
 
@@ -153,6 +166,7 @@ ROUTES: dict[str, Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Trace]]
     "export(train)": partial(_export, training=True),
     "make_fx(eval)": partial(_make_fx, training=False),
     "make_fx(train)": partial(_make_fx, training=True),
+    "make_fx(below autograd)": partial(_make_fx, training=False, whole=False),
 }
 """In the order in which they are tried."""
 
@@ -167,10 +181,22 @@ class _Replay(fx.Interpreter):
         if isinstance(target, HigherOrderOperator) and target.name() in WRAPPERS:
             position = next(index for index, value in enumerate(args) if isinstance(value, fx.GraphModule))
             return _Replay(args[position]).run(*args[position + 1 :])
+        if target is torch.ops.aten.glu.default:
+            return _glu(*args, **kwargs)
+        if target is flex_attention:
+            query, key, value, score_mod, (*blocks, mask_mod), *rest = args
+            mask = (*blocks, _Replay(mask_mod).run)
+            return written_out(query, key, value, _Replay(score_mod).run, mask, *rest, **kwargs)
         if target in COMPOSITES:
             with torch._C.DisableTorchFunction():  # the mode that would record it as it is
                 return target.decompose(*args, **kwargs)
         return super().call_function(target, args, kwargs)
+
+
+def _glu(x: Tensor, dim: int = -1) -> Tensor:
+    """`glu` by its parts: the halves come from two layers in one, which a rule for the whole could not tell apart."""
+    values, gates = x.chunk(2, dim)
+    return values * gates.sigmoid()
 
 
 def _functional(

@@ -30,7 +30,11 @@ from .inputs import example_inputs, input_names, without_cache
 __all__ = ["Captured", "Input", "capture", "where"]
 
 #: routes that are for what cannot be exported, and the export that each is taken instead of
-WITH_VALUES = {"make_fx(eval)": "export(eval)", "make_fx(train)": "export(train)"}
+WITH_VALUES = {
+    "make_fx(eval)": "export(eval)",
+    "make_fx(train)": "export(train)",
+    "make_fx(below autograd)": "export(eval)",
+}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import tee
 from typing import Any
 
 from torch import nn
@@ -53,16 +54,10 @@ def _most(model: nn.Module, tried: Iterator[Inputs]) -> Inputs:
     """The inputs that touch most parameters: of those tried, grown by further arguments."""
     failures: list[str] = []
     every = {name for name, _ in model.named_parameters()}
-    best: Inputs | None = None
-    reached: set[str] = set()
-    for args, kwargs in tried:
-        if best is not None and set(kwargs) <= set(best[1]):
-            continue
-        touched = _touched(model, args, kwargs, failures)
-        if touched is not None and (best is None or len(touched) > len(reached)):
-            best, reached = (args, kwargs), touched
-        if reached == every:
-            break
+    tried, again = tee(tried)
+    best, reached = _best(model, tried, every, failures)
+    if best is None:  # the code of some models, like TVP, takes one example at a time
+        best, reached = _best(model, map(_first_example, again), every, [])
     if best is None:
         raise CaptureError(
             f"{type(model).__name__} runs on none of the inputs that were made up for it.",
@@ -77,6 +72,28 @@ def _most(model: nn.Module, tried: Iterator[Inputs]) -> Inputs:
         if touched is not None and len(touched) > len(reached):
             kwargs, reached = kwargs | more, touched
     return args, kwargs
+
+
+def _best(
+    model: nn.Module, tried: Iterator[Inputs], every: set[str], failures: list[str]
+) -> tuple[Inputs | None, set[str]]:
+    """Of the inputs tried those that touch most parameters, and which; None if the model runs on none of them."""
+    best: Inputs | None = None
+    reached: set[str] = set()
+    for args, kwargs in tried:
+        if best is not None and set(kwargs) <= set(best[1]):
+            continue
+        touched = _touched(model, args, kwargs, failures)
+        if touched is not None and (best is None or len(touched) > len(reached)):
+            best, reached = (args, kwargs), touched
+        if reached == every:
+            break
+    return best, reached
+
+
+def _first_example(inputs: Inputs) -> Inputs:
+    args, kwargs = inputs
+    return tuple(value[:1] for value in args), {name: value[:1] for name, value in kwargs.items()}
 
 
 def _touched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failures: list[str]) -> set[str] | None:

@@ -36,6 +36,7 @@ ADDITIONS: tuple[tuple[str, ...], ...] = (
     ("input_features",),
     ("input_values",),
     ("input_points", "input_labels", "input_boxes"),
+    ("input_points", "input_labels"),
 )
 
 #: arguments that describe an image given as rows of patches
@@ -46,6 +47,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "pixel_values": ("aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask", "spatial_shapes"),
     "spatial_shapes": ("pixel_attention_mask",),
     "past_time_features": ("future_values", "future_time_features"),  # a decoder's inputs; alone they are labels
+    "state": ("noise", "timestep"),
     "states": ("actions", "rewards", "returns_to_go", "timesteps"),
 }
 
@@ -86,6 +88,8 @@ def candidates(model: nn.Module) -> Iterator[Arguments]:
         core,
         [*core, "attention_mask"],
         [*core, "pixel_mask"],
+        [*core, "input_features_mask"],
+        [*core, "encoder_hidden_states"],
         [*core, *more, "attention_mask", "image_attention_mask"],
         [*core, "decoder_input_ids"],
         ["input_values", "decoder_input_ids"],
@@ -125,6 +129,9 @@ MODALITIES = (
     ("get_video_features", ("video_token_id", "video_token_index")),
     ("get_audio_features", ("audio_token_id", "audio_token_index")),
 )
+#: where such a method may be: in the model itself, or in a part
+OF_CAMERAS = "model.vlm."
+OWNERS = ("", "model.", OF_CAMERAS)
 #: id of a token, how many of them stand in the text, the arguments that their features are made of
 Placed = tuple[int, int, Arguments]
 
@@ -134,11 +141,13 @@ def _with_placeholders(model: nn.Module, known: list[str], core: list[str]) -> I
     found: list[Placed] = []
     for method, tokens in MODALITIES:
         token = find(model.config, *tokens)
-        owner = next((owner for owner in ("", "model.") if _takes(model, owner + method, known)), None)
+        owner = next((owner for owner in OWNERS if _takes(model, owner + method, known)), None)
         if token is None or owner is None:
             continue
         for given in _forms_of(model, owner + method, known):
             if count := _features(model, owner + method, given):
+                if owner == OF_CAMERAS:
+                    given = _of_one_camera(given)
                 found.append((int(token), count, given))
                 if len(found) == 1:
                     yield _text_around(model, known, core, found)
@@ -146,6 +155,12 @@ def _with_placeholders(model: nn.Module, known: list[str], core: list[str]) -> I
     if len(found) > 1:
         for chosen in (found, *([one] for one in found[1:])):
             yield _text_around(model, known, core, chosen)
+
+
+def _of_one_camera(given: Arguments) -> Arguments:
+    """Images for a model that acts (PI0): of several cameras, some of which may be missing."""
+    images = {name: image[:, None] for name, image in given.items()}
+    return {**images, "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
 
 
 def _text_around(model: nn.Module, known: list[str], core: list[str], placed: Sequence[Placed]) -> Arguments:

@@ -5,6 +5,7 @@ All of them are small, deterministic and on the CPU. A maker may offer several f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -109,7 +110,8 @@ def _tokens(model: nn.Module) -> int:
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
-    height, width = pair(find(model.config, "image_size", "img_size", "input_size", sections=VISION) or 224)
+    names = ("image_size", "img_size", "max_img_size", "input_size")
+    height, width = pair(find(model.config, *names, sections=VISION) or 224)
     share = min(find(model.config, "scaled_images_ratios") or [1])  # Depth Pro cuts patches from smaller copies too
     return round(height / share), round(width / share)
 
@@ -151,7 +153,7 @@ def _input_values(model: nn.Module) -> list[Tensor]:
 
 
 def _input_features(model: nn.Module) -> list[Tensor]:
-    """A spectrogram: (mel bins, fixed length) for models that say both, else (length, features)."""
+    """A spectrogram: (mel bins, fixed length) for models that say both, else (length, features), or four in one."""
     config = model.config
     bins = find(config, "num_mel_bins", sections=AUDIO)
     longest = find(config, "max_source_positions", sections=AUDIO)
@@ -166,13 +168,50 @@ def _input_features(model: nn.Module) -> list[Tensor]:
     shapes: list[tuple[int, ...]] = []
     if bins and longest and not find(config, "input_feat_per_channel"):
         shapes.append((BATCH, int(bins), 2 * int(longest)))
-    wide = int(bins or find(config, *names, sections=AUDIO) or 80)
-    shapes += [(BATCH, FRAMES, wide), (BATCH, 1, FRAMES, wide), (BATCH, wide, FRAMES)]
+    stacked = find(config, "num_stacked_frames", sections=AUDIO) or 1
+    wide = int(bins or find(config, *names, sections=AUDIO) or 80) * int(stacked)
+    length = _frames(model)
+    shapes += [(BATCH, length, wide), (BATCH, 1, length, wide), (BATCH, wide, length), (BATCH, length, 4 * wide)]
     if chroma := find(config, "num_chroma"):
         shapes = [(BATCH, FRAMES, int(chroma)), *shapes]
     if side := find(config, "spec_size", sections=AUDIO):  # folded to a square: as long as its bins go into the side
         shapes = [(BATCH, 1, int(side) * int(side) // wide, wide), *shapes]
     return [noise(model, *shape) for shape in shapes]
+
+
+def _frames(model: nn.Module) -> int:
+    """Length of a spectrogram: whole windows, or as long as the text or the waveform beside it."""
+    config = model.config
+    if each := find(config, "audio_length_per_tok"):
+        return int(each) * _tokens(model)
+    if window := find(config, "n_window", sections=AUDIO):
+        return 2 * int(window)
+    if ratios := find(config, "downsampling_ratios"):
+        return SAMPLES // math.prod(ratios)
+    return FRAMES
+
+
+def _lengths(model: nn.Module) -> list[Tensor]:
+    """A mask for a spectrogram in its first form: along the axis that is not that of the bins, or along the other."""
+    shape = forms(model, "input_features")[0].shape
+    along = -1 if shape[-2] == find(model.config, "num_mel_bins", sections=AUDIO) else -2
+    return [_ones(BATCH, shape[along]), _ones(BATCH, shape[-3 - along])]
+
+
+def _hidden_states(model: nn.Module) -> list[Tensor]:
+    """What a half of a codec takes, (channels, length): latents of the width, or a waveform."""
+    latents = noise(model, BATCH, _width(model), FRAMES)
+    return [latents, noise(model, BATCH, int(find(model.config, "channels") or 1), SAMPLES)]
+
+
+def _context(model: nn.Module) -> Tensor:
+    """States of several layers of another model, side by side."""
+    return noise(model, BATCH, _tokens(model), _width(model) * len(find(model.config, "target_layer_ids") or [0]))
+
+
+def _block(model: nn.Module) -> int:
+    """Length of what is drafted after the states of another model; 0 for models that draft nothing."""
+    return int(find(model.config, "block_size") or 1) if find(model.config, "target_layer_ids") else 0
 
 
 def _boxes(model: nn.Module) -> Tensor:
@@ -263,7 +302,7 @@ def _entity_positions(model: nn.Module) -> Tensor:
 MAKERS: dict[str, Callable[[nn.Module], Tensor | list[Tensor]]] = {
     "input_ids": _input_ids,
     "decoder_input_ids": _decoder_ids,
-    "attention_mask": lambda model: _ones(BATCH, _tokens(model)),
+    "attention_mask": lambda model: _ones(BATCH, _tokens(model) + _block(model)),
     "token_type_ids": lambda model: torch.zeros(BATCH, _tokens(model), dtype=torch.long),
     "pixel_values": _pixel_values,
     "pixel_values_videos": _pixel_values,
@@ -272,10 +311,10 @@ MAKERS: dict[str, Callable[[nn.Module], Tensor | list[Tensor]]] = {
     "pixel_mask": lambda model: _ones(BATCH, *image_size(model)),
     "input_values": _input_values,
     "input_features": _input_features,
-    "input_features_mask": lambda model: _ones(BATCH, forms(model, "input_features")[0].shape[-2]),
+    "input_features_mask": _lengths,
     "bbox": _boxes,
     "inputs": _input_ids,
-    "feature_attention_mask": lambda model: _ones(BATCH, forms(model, "input_features")[0].shape[-1]),
+    "feature_attention_mask": _lengths,
     "image_attention_mask": lambda model: _ones(BATCH, _tokens(model), 2),
     # images in tiles, and rows of patches
     "aspect_ratio_ids": lambda model: _ones(BATCH, 1),
@@ -294,8 +333,18 @@ MAKERS: dict[str, Callable[[nn.Module], Tensor | list[Tensor]]] = {
     "image_embeds_position_mask": _latent_places,
     "task_inputs": lambda model: token_ids(model, BATCH, int(find(model.config, "task_seq_len") or 77)),
     "encoder_hidden_states": lambda model: noise(
-        model, BATCH, TOKENS, int(find(model.config, "cross_attention_hidden_size") or _width(model))
+        model,
+        BATCH,
+        TOKENS,
+        int(find(model.config, "cross_attention_hidden_size", "encoder_hidden_size") or _width(model)),
     ),
+    # signals inside a model, which its parts take: (length, width), or of codecs (width, length)
+    "inputs_embeds": lambda model: noise(model, BATCH, _tokens(model), _width(model)),
+    "query_embeds": lambda model: noise(model, BATCH, DECODER_TOKENS, _width(model)),
+    "noise_embeds": lambda model: noise(model, BATCH, _block(model), _width(model)),
+    "context_hidden_states": _context,
+    "latents": lambda model: noise(model, BATCH, _width(model), FRAMES),
+    "hidden_states": _hidden_states,
     # time series
     "past_values": lambda model: _series(model, _past(model)),
     "past_observed_mask": lambda model: [torch.ones_like(form) for form in _series(model, _past(model))],
@@ -312,6 +361,12 @@ MAKERS: dict[str, Callable[[nn.Module], Tensor | list[Tensor]]] = {
     "rewards": lambda model: noise(model, BATCH, TOKENS, 1),
     "returns_to_go": lambda model: noise(model, BATCH, TOKENS, 1),
     "timesteps": lambda model: torch.arange(TOKENS).expand(BATCH, -1).clone(),
+    # the state of a robot, and its next moves before they are denoised
+    "state": lambda model: noise(model, BATCH, int(find(model.config, "max_state_dim") or 1)),
+    "noise": lambda model: noise(
+        model, BATCH, int(find(model.config, "chunk_size") or 1), int(find(model.config, "max_action_dim") or 1)
+    ),
+    "timestep": lambda model: noise(model, BATCH).sigmoid(),
     # beside a text
     "visual_feats": lambda model: _regions(model, "visual_feat_dim"),
     "visual_pos": lambda model: _regions(model, "visual_pos_dim"),

@@ -132,13 +132,6 @@ def positive(call: Call) -> Local:
     return Local(abs(float(y.detach())), {"self": abs(float(slope))})
 
 
-@POINTWISE.rule(aten.glu.default, status="typical", source="a·σ(b) on halves of the features, product rule")
-def glu(call: Call) -> Local:
-    s = call.scale("self")
-    gate, slope = gaussian_moments(torch.sigmoid, s)
-    return Local(s * gate, {"self": math.hypot(gate, s * slope)})
-
-
 @POINTWISE.rule(
     aten.prelu.default,
     status="typical",

@@ -79,6 +79,7 @@ COPIES = frozenset(
 #: ops that read the shape of a tensor and not its entries.
 SHAPE_ONLY = frozenset(
     {
+        aten.zero.default,
         aten.zeros_like.default,
         aten.ones_like.default,
         aten.full_like.default,

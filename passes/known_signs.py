@@ -50,7 +50,7 @@ NEVER_NEGATIVE = frozenset({
     aten.softmax.int, aten._softmax.default, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.var.dim,
     aten.var.correction, aten.ones.default, aten.ones_like.default, aten.new_ones.default, aten.rand_like.default,
 })  # fmt: skip
-ZEROS = UNSET | {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+ZEROS = UNSET | {aten.zero.default, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 FILLED = frozenset({aten.full.default, aten.full_like.default, aten.new_full.default, aten.scalar_tensor.default})
 VIEWS = CASTS | {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.transpose.int, aten.permute.default,

@@ -392,7 +392,6 @@ EXAMPLES: dict[object, list[Example]] = {
     aten.softmax.int: [Example((T((6, 8), scale), -1), check="not_exceeded") for scale in (0.7, 5.0)],
     aten._softmax.default: [Example((X, -1, False), check="not_exceeded")],
     aten.log_softmax.int: [Example((T((4, 32), scale), -1), check="typical", scale=False) for scale in (0.7, 2.0)],
-    aten.glu.default: [Example((T((6, 16), 0.7),)), Example((T((6, 16), 2.0), 1))],
     **{getattr(aten, name).default: [moves(X)] for name in "sign sgn round floor ceil trunc".split()},
     aten.prelu.default: [Example((T((16, 4)), torch.full((4,), 0.25).double()), features=CHANNELS)],
 }

@@ -222,6 +222,60 @@ def test_codecs_take_an_axis_of_channels() -> None:
     assert {name: tuple(value.shape) for name, value in kwargs.items()} == {"input_values": (2, 1, 3840)}
 
 
+def test_a_mask_is_as_long_as_the_spectrogram() -> None:
+    transformers = tiny_models.transformers
+    config = transformers.AudioFlamingo3EncoderConfig(
+        num_mel_bins=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    config.max_source_positions = 20
+    assert shapes(transformers.AudioFlamingo3Encoder(config)) == {
+        "input_features": (2, 6, 40),
+        "input_features_mask": (2, 40),
+    }
+
+
+def test_a_querying_transformer_is_given_what_it_asks() -> None:
+    transformers = tiny_models.transformers
+    config = transformers.Blip2QFormerConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, encoder_hidden_size=6
+    )
+    assert shapes(transformers.Blip2QFormerModel(config)) == {
+        "query_embeds": (2, 8, 8),
+        "encoder_hidden_states": (2, 16, 6),
+    }
+
+
+class OneText(nn.Module):
+    """Takes one text at a time."""
+
+    main_input_name = "input_ids"
+
+    class Config:
+        model_type, vocab_size = "one", 20
+
+        def to_dict(self) -> dict[str, int]:
+            return {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.embed = self.Config(), nn.Embedding(20, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.embed(input_ids).view(1, 16, 4)
+
+
+def test_models_that_take_one_example_at_a_time() -> None:
+    assert shapes(OneText()) == {"input_ids": (1, 16)}
+
+
+def test_a_failure_on_one_example_is_not_listed_beside_that_on_two() -> None:
+    model = OneText()
+    model.embed = nn.Embedding(20, 5)
+    with pytest.raises(CaptureError) as caught:
+        example_inputs(model)
+    assert caught.value.why.count("RuntimeError") == 1
+
+
 def test_pairs_of_arguments_are_dropped_where_they_add_nothing() -> None:
     """token_type_ids have a maker and are known to BERT, whose parameters are all reached without them."""
     assert list(example_inputs(tiny_models.bert())[1]) == ["input_ids"]

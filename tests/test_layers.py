@@ -20,7 +20,7 @@ FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("kernels", ("kernels",)),
     ("tensor arithmetic", ("spectral_norm", "runtime", "orthogonal")),
     ("atoms", ("slices", "atom_base", "matrix_atoms", "weight_atoms", "atoms")),
-    ("capture", ("inputs_hf_values", "inputs_hf", "inputs", "_composites", "_trace", "capture")),
+    ("capture", ("inputs_hf_values", "inputs_hf", "inputs", "_composites", "_flex_attention", "_trace", "capture")),
     (
         "rules",
         (

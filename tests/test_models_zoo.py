@@ -119,12 +119,23 @@ def test_example_inputs_fit(net: nn.Module) -> None:
         ("deit", "DeiTForImageClassification"),
         ("whisper", "WhisperForConditionalGeneration"),
         ("mamba", "MambaForCausalLM"),
-    ],
+    ]
+    # parts that stand for what has no forward of its own
+    + [("bark", "BarkSemanticModel"), ("qwen2_5_omni", "Qwen2_5OmniThinkerForConditionalGeneration")]
+    + [("sam3_video", "Sam3Model"), ("sam2_video", "Sam2VideoModel")],
 )
 def test_an_architecture_gets_the_head_of_its_task(name: str, kind: str) -> None:
     model = build(f"hf:{name}-tiny", device="meta")
     assert type(model).__name__ == kind
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_tracker_segments_a_single_frame() -> None:
+    model = build("hf:sam2_video-tiny")
+    outputs = model(pixel_values=torch.randn(1, 3, 128, 128))
+    outputs.pred_masks.sum().backward()
+    assert model.vision_encoder.neck.convs[0].weight.grad is not None
+    assert all(p.grad is None for p in model.memory_attention.parameters())
 
 
 def test_gpt2_is_the_124m_model_unless_told_otherwise() -> None:
@@ -178,16 +189,21 @@ INTRICATE = {
     "align": {"pixel_values": (2, 3, 128, 128), "input_ids": (2, 8)},
     "blt": {"input_ids": (2, 8)},
     "d_fine": {"pixel_values": (1, 3, 64, 64)},
+    "chmv2": {"pixel_values": (1, 3, 64, 64)},
     "dbrx": {"input_ids": (2, 8)},
     "deepseek_v2": {"input_ids": (2, 8)},
     "depth_anything": {"pixel_values": (1, 3, 56, 56)},
+    "edgetam": {"pixel_values": (1, 3, 128, 128)},
     "efficientnet": {"pixel_values": (2, 3, 64, 64)},
     "encodec": {"input_values": (2, 1, 3840)},
     "glm4v": {"input_ids": (2, 8)},
     "hgnet_v2": {"pixel_values": (2, 3, 64, 64)},
     "mask2former": {"pixel_values": (1, 3, 64, 64)},
     "mpnet": {"input_ids": (2, 8)},
+    "pp_doclayout_v3": {"pixel_values": (1, 3, 64, 64)},
     "sam2": {"pixel_values": (1, 3, 128, 128)},
+    "sam3_tracker": {"pixel_values": (1, 3, 224, 224)},
+    "sapiens2": {"pixel_values": (1, 3, 64, 64)},
     "superglue": {"pixel_values": (1, 2, 3, 64, 64)},
     "upernet": {"pixel_values": (1, 3, 64, 64)},
     "zamba2": {"input_ids": (2, 8)},
@@ -235,7 +251,8 @@ def test_layers_that_differ_in_their_numbers_stay_different(name: str) -> None:
     "name",
     ["cohere_compass_text", "diffusion_gemma", "dots3_note", "ernie4_5_vl_moe", "fast_vlm", "fun_asr_nano", "glm5_next"]
     + ["gradium_phonon_tts", "granite4_vision", "hunyuan_v1_dense", "mimi_decoder", "ministral", "molmo2", "muse_spark"]
-    + ["pocket_tts", "pp_ocrv5_server_det", "qwen4_exp_text", "edgetam"],
+    + ["pocket_tts", "pp_ocrv5_server_det", "qwen4_exp_text", "edgetam", "hunyuan_vl", "step3p7", "timm_backbone"]
+    + ["edgetam_video", "pp_ocrv6_medium_det", "pp_ocrv6_small_det", "qwen3_omni_moe", "uvdoc"],
 )
 def test_what_transformers_has_no_default_for_is_filled_in(name: str) -> None:
     assert sum(p.numel() for p in build(f"hf:{name}-tiny", device="meta").parameters()) < 20_000_000
@@ -315,6 +332,8 @@ def test_a_function_in_a_file(tmp_path: Path) -> None:
         ("hf:bert-base-uncased", {}, "Did you mean hf:bert?"),
         ("hf:gpt2", {"image_size": 32}, "hf:gpt2 cannot be given image_size."),
         ("hf:gpt2", {"classes": 2}, "has no classifier"),
+        ("hf:bark-tiny", {"classes": 2}, "it is built as BarkSemanticModel, which has no classifier"),
+        ("hf:voxtral_realtime_text", {}, "has no model class for voxtral_realtime_text, though it names one"),
         ("hf:gpt2", {"width": 100, "heads": 7}, "could not be built with width=100, heads=7"),
         ("timm:resnet81", {}, "timm has no model named 'resnet81'"),
         ("timm:resnet81", {}, "timm:resnet18"),
