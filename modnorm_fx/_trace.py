@@ -158,7 +158,18 @@ def _make_fx(
         sdpa_kernel(SDPBackend.MATH),
     ):
         traced = trace(*tensors.values())
+    _refuse_saved_tensors(traced, tensors.values())
     return Trace(*_functional(traced, list(tensors), tensors), {}, returned)
+
+
+def _refuse_saved_tensors(traced: fx.GraphModule, inputs: Iterable[Tensor]) -> None:
+    """Raises RouteClosed if a graph holds a parameter, buffer or input as a constant, as it does where the model takes
+    a gradient: what autograd saves for that is not recorded, so the gradient would not depend on it."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
+    for node in traced.graph.find_nodes(op="get_attr"):
+        held = getattr(traced, node.target, None)
+        if isinstance(held, Tensor) and held.numel() and held.untyped_storage().data_ptr() in known:
+            raise RouteClosed("its graph holds values of the inputs, as where a model calls torch.autograd.grad")
 
 
 ROUTES: dict[str, Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Trace]] = {

@@ -119,3 +119,29 @@ def test_masks_that_index_under_vmap() -> None:
     captured = capture(model, (X, padding))
     assert captured.unused == ()
     assert_same_outputs(captured, model, (X, padding), {})
+
+
+class Forces(nn.Module):
+    """Minus the gradient of an energy, as models of molecules have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            places = x.detach().requires_grad_(True)
+            energy = self.second(self.first(places).tanh()).sum()
+            return -torch.autograd.grad(energy, places, create_graph=True)[0]
+
+
+def test_gradients_that_a_model_takes_follow_its_weights() -> None:
+    model = Forces()
+    captured = capture(model, (X,))
+    assert set(captured.unused) <= {"second.bias"}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    assert_same_outputs(captured, model, (X,), {})
+    targets = {leaf.weight: leaf.target for leaf in convert(model, (X,)).leaves}
+    assert targets.keys() == {"first.weight", "first.bias", "second.weight"}
