@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from modnorm_fx.errors import FormatError, ModnormError
 from modnorm_fx.norm import ModularNorm
@@ -36,9 +37,9 @@ from modnorm_fx.pipeline import convert
 from . import build
 from .recipes import RECIPES, Setting
 from .train import evaluate, train
-from .training import given_inputs, logits_loss, model_for, task_for
+from .training import Task, given_inputs, logits_loss, model_for, task_for
 
-__all__ = ["Plan", "Run", "Size", "Trial", "chosen_lr", "mean_losses", "read", "sweep"]
+__all__ = ["Plan", "Run", "Size", "Trial", "begin", "check", "chosen_lr", "mean_losses", "read", "sweep"]
 
 POINTS = 50  # of the loss curve, kept in the file
 MOST_EXTRA = 4  # octaves beyond the grid, at either end
@@ -157,8 +158,8 @@ class Plan:
 # One run --------------------------------------------------------------------------------------------------------------
 
 
-def run(trial: Trial) -> Run:
-    """Trains one model; deterministic for one thread."""
+def begin(trial: Trial) -> tuple[Task, nn.Module, Optimizer]:
+    """What a trial trains on, its model as initialised, and the optimizer."""
     sizes: dict[str, int | None] = {"width": trial.width, "layers": trial.depth}
     task = task_for(trial.spec, sizes, data=trial.data, batch=trial.batch, context=trial.context)
     if task.is_text:
@@ -169,6 +170,12 @@ def run(trial: Trial) -> Run:
     setting = Setting(model, partial(_norm, model, trial), narrowest, trial.lr, trial.weight_decay, trial.seed)
     optimizer = RECIPES[trial.recipe].begin(setting)
     torch.manual_seed(trial.seed)  # dropout: the same in all recipes
+    return task, model, optimizer
+
+
+def run(trial: Trial) -> Run:
+    """Trains one model; deterministic for one thread."""
+    task, model, optimizer = begin(trial)
     curve = train(model, optimizer, task.batches(trial.seed), trial.steps, loss=logits_loss)
     val = math.inf if curve.diverged is not None else evaluate(model, task.validation, loss=logits_loss)
     step = max(1, len(curve.losses) // POINTS)

@@ -109,25 +109,23 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands_of.add_parser(
         "transfer", usage=usage, help="does the small model's learning rate fit larger ones?"
     )
-    sweep.add_argument("spec", metavar="SPEC", help=SPEC)
-    sweep.add_argument("--widths", type=_count, nargs="+", default=[64, 128, 256], metavar="N", help="64 128 256")
-    sweep.add_argument("--depths", type=_count, nargs="+", default=[2, 4, 8], metavar="N", help="2 4 8")
+    _add_sizes(sweep, steps=200)
     sweep.add_argument("--full", action="store_true", help="every width with every depth, not only the smallest")
     names = ",".join(RECIPES)
     sweep.add_argument("--optimizers", type=_recipes, default="modnorm-adamw,adamw", metavar="NAMES", help=names)
     rates = "powers of 2, as 0.1,0.2 or adamw=0.001,0.002; extended while the best is at an end"
     sweep.add_argument("--lrs", type=commands.rates, nargs="+", default=[], metavar="LIST", help=rates)
-    sweep.add_argument("--steps", type=_count, default=200, metavar="N", help="default: %(default)s")
-    sweep.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
-    sweep.add_argument("--context", type=_count, default=64, metavar="N", help="tokens (default: %(default)s)")
-    sweep.add_argument("--seeds", type=_count, default=2, metavar="K", help="how many (default: %(default)s)")
-    sweep.add_argument("--weight-decay", type=_amount, default=0.0, metavar="X", help="default: %(default)s")
-    sweep.add_argument("--data", metavar="FILE", help="text for language models (default: Python's sources)")
-    sweep.add_argument("--convention", choices=[TRACKED.name, PAPER.name], default=TRACKED.name, help="%(default)s")
     sweep.add_argument("--jobs", type=_count, default=max(1, os.cpu_count() or 1), metavar="N", help="runs at a time")
     sweep.add_argument("--out", type=Path, default=Path("transfer"), metavar="DIR", help="folder (default: transfer)")
-    sweep.add_argument("--debug", action="store_true", help="show tracebacks, warnings and log messages")
     sweep.set_defaults(run=commands.sweep)
+
+    usage = "modnorm-fx coordcheck SPEC --widths N ... --depths N ... [options]"
+    check = commands_of.add_parser("coordcheck", usage=usage, help="does a step do the same at every size?")
+    _add_sizes(check, steps=4)
+    check.add_argument("--optimizer", choices=tuple(RECIPES), default="modnorm-adamw", help="default: %(default)s")
+    check.add_argument("--lr", type=_amount, help="default: the middle of those that transfer tries")
+    check.add_argument("--json", metavar="FILE", type=Path, help="also save every number")
+    check.set_defaults(run=commands.check_coordinates)
 
     usage = "modnorm-fx coverage [options]"
     cover = commands_of.add_parser("coverage", usage=usage, help="convert every family of transformers and timm")
@@ -141,6 +139,21 @@ def _parser() -> argparse.ArgumentParser:
     cover.add_argument("--debug", action="store_true", help="show tracebacks, warnings and log messages")
     cover.set_defaults(run=commands.cover)
     return parser
+
+
+def _add_sizes(command: argparse.ArgumentParser, steps: int) -> None:
+    """What commands have that train a model at several sizes."""
+    command.add_argument("spec", metavar="SPEC", help=SPEC)
+    command.add_argument("--widths", type=_count, nargs="+", default=[64, 128, 256], metavar="N", help="64 128 256")
+    command.add_argument("--depths", type=_count, nargs="+", default=[2, 4, 8], metavar="N", help="2 4 8")
+    command.add_argument("--steps", type=_count, default=steps, metavar="N", help="default: %(default)s")
+    command.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
+    command.add_argument("--context", type=_count, default=64, metavar="N", help="tokens (default: %(default)s)")
+    command.add_argument("--seeds", type=_count, default=2, metavar="K", help="how many (default: %(default)s)")
+    command.add_argument("--weight-decay", type=_amount, default=0.0, metavar="X", help="default: %(default)s")
+    command.add_argument("--data", metavar="FILE", help="text for language models (default: Python's sources)")
+    command.add_argument("--convention", choices=[TRACKED.name, PAPER.name], default=TRACKED.name, help="%(default)s")
+    command.add_argument("--debug", action="store_true", help="show tracebacks, warnings and log messages")
 
 
 def _model_options() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,16 @@ from torch import nn
 
 from . import codegen, report
 from .errors import CaptureError, ModnormError
-from .models_zoo import SIZES, build, coverage, coverage_report, transfer, transfer_report
+from .models_zoo import (
+    SIZES,
+    build,
+    coordcheck,
+    coordcheck_report,
+    coverage,
+    coverage_report,
+    transfer,
+    transfer_report,
+)
 from .models_zoo.recipes import RECIPES
 from .models_zoo.train import Curve, evaluate
 from .models_zoo.train import train as train_model
@@ -27,7 +36,7 @@ from .norm import ModularNorm
 from .optim import ModularOptimizer
 from .pipeline import convert
 
-__all__ = ["OPTIMIZERS", "cover", "emit", "explain", "inspect", "rates", "sweep", "train"]
+__all__ = ["OPTIMIZERS", "check_coordinates", "cover", "emit", "explain", "inspect", "rates", "sweep", "train"]
 
 
 @contextmanager
@@ -273,6 +282,31 @@ def sweep(args: argparse.Namespace) -> int:
     print(transfer_report.summary(runs))
     return 0
 
+
+def check_coordinates(args: argparse.Namespace) -> int:
+    """Measures outputs of modules and effects of leaves at several sizes, and prints tables of them."""
+    from rich.console import Console
+
+    recipe = RECIPES[args.optimizer]
+    lr = recipe.lrs[len(recipe.lrs) // 2] if args.lr is None else args.lr
+    plan = transfer.Plan(
+        args.spec, tuple(args.widths), tuple(args.depths), (args.optimizer,), {}, args.steps, args.batch, args.context,
+        args.seeds, args.weight_decay, args.data, False, args.convention,
+    )  # fmt: skip
+    with Console(stderr=True).status(args.spec) as status:
+        coordinates, predictions = coordcheck.measure(plan, lr, lambda size: status.update(f"{args.spec}, {size}"))
+    if args.json is not None:
+        found = {"coordinates": [*map(asdict, coordinates)], "predictions": [*map(asdict, predictions)]}
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{args.spec}: {recipe.title}, lr {lr:g}")
+    tables = coordcheck_report.coordinate_tables(coordinates)
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(*tables, *([coordcheck_report.prediction_table(predictions)] if predictions else []))
+    return 0
+
+
+#: columns of tables that are written to a file or a pipe
+WIDE = 160
 
 #: new runs turn up while others end: the time left is that of the runs known so far
 SWEEP_BAR = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
