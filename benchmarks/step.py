@@ -3,7 +3,8 @@
 ``python benchmarks/step.py [--nets NAMES] [--device cpu] [--out FILE]`` steps every optimizer on the same weights with
 fixed random gradients, all sides in one run, interleaved, and prints medians as ratios to torch's fused AdamW. `floor`
 is the time to move AdamW's seven words for each weight at the bandwidth of a copy on the same machine. On a CPU it uses
-one thread unless ``--threads`` says otherwise. ``normalize`` is our whole step without the base optimizer's own.
+one thread unless ``--threads`` says otherwise. ``normalize`` is the normaliser alone, on updates in its buffers: what
+it adds to an optimizer that is not fused with it (AdamW on a CPU is, where its matrices are).
 
 Sides: ``adamw`` torch's fused AdamW; ``modnorm`` ours on AdamW as ``backend="auto"`` runs it; ``modnorm, no C++`` the
 same with torch's own operations; ``modnorm, compile`` and ``modnorm, cudagraph`` the other backends; ``dualize`` the

@@ -91,9 +91,9 @@ class BaseStep:
             into: where updates go, by name: shaped like the parameters, of dtype `update_type`, whatever they hold.
             closure: passed to the base.
         """
-        if closure is None and fused_adamw.takes(self.base, active):
+        if closure is None and not self.weight_dependent and fused_adamw.takes(self.base, groups, active):
             with self._gradients_for_base(groups, active), self._settings_for_base(groups, keep_lr=False):
-                fused_adamw.write_updates(self.base, active, into)
+                fused_adamw.write_updates(self.base, groups, active, into)
             return
         params = [p for _, _, p in active]
         if closure is not None:  # which of them will have gradients is not known yet

@@ -1,35 +1,54 @@
-"""AdamW's arithmetic written straight into the normaliser's buffers: six words of memory for each weight, not eight.
+"""AdamW in C++: its update written straight into the normaliser's buffers, or the whole normalised step in one pass.
 
-`torch.optim.AdamW` steps on zeros: they are written, then read and written again. The kernel reads gradient and
-averages, and writes averages and update. It is used where it gives what the optimizer would (to rounding): see `takes`.
-The first step of a parameter is always torch's own, which makes the averages.
+`torch.optim.AdamW` steps on zeros: they are written, then read and written again. `write_updates` reads gradient and
+averages, and writes averages and update: six words of memory for each weight, not eight. It is used where it gives what
+the optimizer would (to rounding): see `takes`. The first step of a parameter is always torch's own, which makes the
+averages.
+
+`FusedStep` goes further for parameters that consist of matrices whose power vectors are warm: update, norm and step are
+computed while the parameter is in the cache, so that AdamW's own seven words are all that moves. A weight is then
+changed before the update of the next one is known, so it must be certain beforehand that all updates are finite. They
+are, if averages and gradients are: averages are looked at once, and again when anyone else has written to them.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import spectral_norm
+from .atoms import Conv, Experts, Gates, Linear, PatchConv
+from .buckets import Bucket, Line, Placement, buckets
+from .codegen import make
 from .kernels import cpu
+from .normalizer import COLD_STEPS, Normalizer
 
-__all__ = ["takes", "write_updates"]
+if TYPE_CHECKING:
+    from .norm import ModularNorm
+
+__all__ = ["FusedStep", "takes", "write_updates"]
 
 KNOWN = (torch.optim.Adam, torch.optim.AdamW)
+KINDS = (Linear, PatchConv, Conv, Experts, Gates)
+
+LARGE = 1e15
+"""With finite averages and gradients below this, no entry of an update of AdamW overflows, nor does its square."""
+
+Groups = list[dict[str, Any]]
+Active = list[tuple[int, str, Tensor]]
 
 
-def takes(base: Optimizer, active: list[tuple[int, str, Tensor]]) -> bool:
-    """Whether the kernel can stand in for `base.step()`: plain Adam or AdamW without hooks, float32 on the CPU,
-    contiguous gradients and averages, no amsgrad, and every parameter has been stepped before."""
-    if type(base) not in KNOWN or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks or not active:
+def takes(base: Optimizer, groups: Groups, active: Active) -> bool:
+    """Whether the kernels can stand in for `base.step()` with the settings `groups`: plain Adam or AdamW without hooks,
+    float32 on the CPU, contiguous gradients and averages, no amsgrad, and every parameter has been stepped before."""
+    if not _plain(base, groups) or not active:
         return False
-    for group in base.param_groups:
-        if group["amsgrad"] or group["eps"] <= 0 or any(isinstance(b, Tensor) for b in group["betas"]):
-            return False
     for _, _, p in active:  # a plain loop: this runs for every parameter in every step
         state, gradient = base.state.get(p), p.grad
         if not state or gradient is None:
@@ -37,27 +56,209 @@ def takes(base: Optimizer, active: list[tuple[int, str, Tensor]]) -> bool:
         average, square = state["exp_avg"], state["exp_avg_sq"]
         if not (gradient.is_contiguous() and average.is_contiguous() and square.is_contiguous() and p.is_contiguous()):
             return False
-        if not cpu.takes(p, gradient, average, square):
+        if not cpu.takes(p, gradient, average, square, state["step"]):
             return False
     return True
 
 
-def write_updates(base: Optimizer, active: list[tuple[int, str, Tensor]], into: Mapping[str, Tensor]) -> None:
+def _plain(base: Optimizer, groups: Groups) -> bool:
+    if type(base) not in KNOWN or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return False
+    betas = [beta for group in groups for beta in group["betas"]]
+    good = all(group["eps"] > 0 and not group["amsgrad"] for group in groups)
+    return good and not any(isinstance(beta, Tensor) for beta in betas)
+
+
+def write_updates(base: Optimizer, groups: Groups, active: Active, into: Mapping[str, Tensor]) -> None:
     """What `base.step()` with lr 1 would add to zeros, written `into`; its state moves on as if it had stepped."""
-    alike: dict[tuple[int, torch.Size], list[tuple[str, Tensor]]] = defaultdict(list)
+    alike: dict[tuple[int, torch.Size], list[tuple[str, Any]]] = defaultdict(list)
     for index, name, p in active:
         alike[index, p.shape].append((name, p))
     for (index, _), those in alike.items():
-        group: dict[str, Any] = base.param_groups[index]
         states = [base.state[p] for _, p in those]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        adam = cpu.AdamW(
+        counts = cpu.counted([state["step"] for state in states])
+        settings = {count: cpu.Adam.of(groups[index], count) for count in set(counts)}
+        cpu.adamw(
+            [p.grad for _, p in those],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [state["step"].item() for state in states],
-            betas=group["betas"],
-            eps=group["eps"],
-            maximize=group["maximize"],
+            [into[name] for name, _ in those],
+            [settings[count] for count in counts],
         )
-        gradients: list[Any] = [p.grad for _, p in those]
-        cpu.adamw(gradients, adam, [into[name] for name, _ in those])
+
+
+class _Part(NamedTuple):
+    """The same part of the n parameters of a bucket, made of equal matrices.
+
+    Attributes:
+        names, keys: its parameters and leaves. spectral: its set of power vectors. offset: entries before it.
+        shape: groups, taps, rows, c and ld, as in cpu.cpp.
+        targets, over_unit: norms of the updates of a step of lr 1, and the singular values that they come to.
+        decays: whether weight decay acts on it.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    spectral: int
+    offset: int
+    shape: tuple[int, int, int, int, int]
+    targets: tuple[float, ...]
+    over_unit: tuple[float, ...]
+    decays: bool
+
+
+class FusedStep:
+    """The step of those parameters of a normaliser that consist of matrices; `rest` is a normaliser of the others.
+
+    Args:
+        norm, placements: what the normaliser was made from. whole: the normaliser; its power vectors are stepped.
+    """
+
+    def __init__(self, norm: ModularNorm, placements: Mapping[str, Placement], whole: Normalizer):
+        self.whole = whole
+        self._parts: list[_Part] = []
+        kept = []
+        first = 0
+        for bucket, buffer in zip(buckets(norm, placements), whole.buffers, strict=True):
+            parts = [_part(bucket, line, whole.owners, first + i) for i, line in enumerate(bucket.lines)]
+            first += len(parts)
+            found = [part for part in parts if part is not None]
+            if sum(math.prod(part.shape[:4]) for part in found) == math.prod(bucket.shape) and cpu.takes(buffer):
+                self._parts += found
+            else:
+                kept.append(buffer)
+        self.names = {name for part in self._parts for name in part.names}
+        others = {name: placement for name, placement in placements.items() if name not in self.names}
+        self.rest = make(norm, others, whole.mode, whole.backend)
+        self.rest.adopt(kept, whole.steps)
+        taken = {part.spectral for part in self._parts}
+        self._shared = [index for index in range(len(whole.vectors)) if index not in taken]
+        self._noted: list[tuple[Any, ...]] = []  # what `_note` saw, and
+        self._checked = False  # whether it looked for what is not finite
+        self._mine: Active = []  # of this step
+
+    def ready(self, base: Optimizer, groups: Groups, active: Active, nonfinite: str, largest: float) -> bool:
+        """Whether this step can be done so: all parameters of matrices move, their power vectors are warm, the kernels
+        can stand in for the base, nothing is added to gradients, and (unless `nonfinite` is "unchecked") all updates
+        will be finite, because no entry of the averages, nor the `largest` of the gradients, reaches `LARGE`."""
+        self._mine = [item for item in active if item[1] in self.names]
+        if not self._mine or len(self._mine) != len(self.names) or not _plain(base, groups):
+            return False
+        if any(group["weight_decay"] and not group.get("decoupled_weight_decay") for group in base.param_groups):
+            return False
+        steps, vectors = self.whole.steps, self.whole.vectors
+        for part in self._parts:
+            if vectors[part.spectral] is None or min(map(steps.__getitem__, part.keys)) < COLD_STEPS:
+                return False
+        checked = nonfinite != "unchecked"
+        if checked and not largest < LARGE:
+            return False
+        tensors: list[Any] = [x for _, _, p in self._mine for x in (p, p.grad)]
+        if not cpu.takes(*tensors) or not all(x.is_contiguous() for x in tensors):
+            return False
+        if (checked and not self._checked) or not self._unchanged(base):
+            self._note(base, groups, checked)
+        others = len(active) == len(self._mine) or takes(base, groups, self.others(active))
+        return others and len(self._noted) == len(self._mine)
+
+    def _unchanged(self, base: Optimizer) -> bool:
+        """Whether the state is what `_note` saw, but for what `step` did to it."""
+        states = base.state
+        for (_, _, p), (noted, average, square, count, *versions) in zip(self._mine, self._noted, strict=False):
+            state = states[p]
+            if p is not noted or state.get("exp_avg") is not average or state.get("exp_avg_sq") is not square:
+                return False
+            if state["step"] is not count or versions != [average._version, square._version]:
+                return False
+        return len(self._mine) == len(self._noted)
+
+    def _note(self, base: Optimizer, groups: Groups, checked: bool) -> None:
+        """Notes the state, if the kernels take it and (if `checked`) no entry of an average is large."""
+        self._noted, self._checked = [], checked
+        if takes(base, groups, self._mine):
+            states = [base.state[p] for _, _, p in self._mine]
+            pairs = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+            if not checked or cpu.largest_entry([x for pair in pairs for x in pair]) < LARGE:
+                self._noted = [
+                    (p, average, square, state["step"], average._version, square._version)
+                    for (_, _, p), state, (average, square) in zip(self._mine, states, pairs, strict=True)
+                ]
+
+    def others(self, active: Active) -> Active:
+        """What `rest` is for."""
+        return [item for item in active if item[1] not in self.names]
+
+    def share(self) -> Normalizer:
+        """`rest`, with the power vectors of now."""
+        self.rest.vectors = [self.whole.vectors[index] for index in self._shared]
+        return self.rest
+
+    def keep(self) -> None:
+        """`rest.keep`, and the whole normaliser has the same power vectors."""
+        self.rest.keep()
+        for index, vectors in zip(self._shared, self.rest.vectors, strict=True):
+            self.whole.vectors[index] = vectors
+
+    def step(self, groups: Groups, *, guarded: bool) -> list[str]:
+        """After `ready`: steps the base's state, the power vectors and the weights. Returns, if `guarded`, parameters
+        that were left alone because their update is not finite.
+
+        Args:
+            groups: settings of the base, with lr and weight decay of the wrapper.
+        """
+        counts = cpu.counted([noted[3] for noted in self._noted])
+        made: dict[tuple[int, float], cpu.Adam] = {}
+        places, settings, owner = {}, {}, {}
+        for (index, name, p), (_, average, square, *_), count in zip(self._mine, self._noted, counts, strict=True):
+            if (index, count) not in made:
+                made[index, count] = cpu.Adam.of(groups[index], count)
+            settings[name] = made[index, count]
+            owner[name] = index
+            gradient: Any = p.grad
+            places[name] = gradient.data_ptr(), average.data_ptr(), square.data_ptr(), p.data_ptr()
+        lrs = [float(group["lr"]) for group in groups]
+        shrinks = [lr * float(group["weight_decay"]) for lr, group in zip(lrs, groups, strict=True)]
+        bad = []
+        for part in self._parts:
+            given = [owner[name] for name in part.names]
+            vectors: Any = self.whole.vectors[part.spectral]
+            vectors = self.whole.vectors[part.spectral] = vectors.contiguous()
+            norms = cpu.step_matrices(
+                [[address + 4 * part.offset for address in places[name]] for name in part.names],
+                [settings[name] for name in part.names],
+                [lrs[i] * size for i, size in zip(given, part.over_unit, strict=True)],
+                [1.0 - shrinks[i] * size * part.decays for i, size in zip(given, part.targets, strict=True)],
+                vectors,
+                spectral_norm.dither(part.shape[3]),
+                spectral_norm.DITHER,
+                part.shape,
+                guarded,
+            )
+            if guarded and not norms.sum().isfinite():
+                bad += [name for name, x in zip(part.names, norms, strict=True) if not x.isfinite().all()]
+        return bad
+
+
+def _part(bucket: Bucket, line: Line, owners: Sequence[int], number: int) -> _Part | None:
+    """What the kernel needs to know of a line of a bucket, the `number`-th of all, or None if it is no part of full
+    rows or columns, made of matrices with power vectors (`owners`: the line of each set of them)."""
+    atom, view = line.atom, torch.empty(bucket.shape, device="meta")
+    for part in line.slices:
+        if view.shape[part.axis] != part.period:
+            return None
+        view = part.read(view)
+    in_columns = view.dim() == 2 and view.stride(1) == 1 and view.shape[1] % 16 == 0
+    if number not in owners or not isinstance(atom, KINDS) or not (view.is_contiguous() or in_columns):
+        return None
+    pieces, rows, columns = atom.matrices(view).shape
+    taps = atom.taps if isinstance(atom, Conv) else 1
+    return _Part(
+        names=bucket.names,
+        keys=tuple(leaf.key for leaf in line.leaves),
+        spectral=owners.index(number),
+        offset=int(view.storage_offset()),
+        shape=(pieces // taps, taps, rows, columns, columns * taps if view.is_contiguous() else view.stride(0)),
+        targets=tuple(leaf.target for leaf in line.leaves),
+        over_unit=tuple(leaf.target / atom.unit for leaf in line.leaves),
+        decays=atom.decays,
+    )

@@ -72,11 +72,7 @@ class Normalizer:
             torch.zeros(len(names), *shape, dtype=dtype, device=device)
             for names, shape, (dtype, device) in zip(module.NAMES, module.SHAPES, placements, strict=True)
         ]
-        self.updates = {
-            name: update
-            for names, buffer in zip(module.NAMES, self.buffers, strict=True)
-            for name, update in zip(names, buffer, strict=True)
-        }
+        self._name_updates()
         self._targets = [self._column(line.targets.values(), self.buffers[line.bucket]) for line in module.LINES]
         self._decays = [self._decay(index) for index in range(len(self.buffers))]
         self.vectors: list[Tensor | None] = [None] * len(module.SPECTRAL)
@@ -85,6 +81,18 @@ class Normalizer:
         self._warm: Callable[..., Any] = module.factors
         if backend == "compile":
             self._warm = torch.compile(module.factors, fullgraph=True, dynamic=False)
+
+    def _name_updates(self) -> None:
+        self.updates = {
+            name: update
+            for names, buffer in zip(self.names, self.buffers, strict=True)
+            for name, update in zip(names, buffer, strict=True)
+        }
+
+    def adopt(self, buffers: Sequence[Tensor], steps: dict[str, int]) -> None:
+        """Works in these buffers, and counts steps there: those of a normaliser of more parameters."""
+        self.buffers, self.steps = list(buffers), steps
+        self._name_updates()
 
     @property
     def mode(self) -> str:
@@ -95,6 +103,11 @@ class Normalizer:
     def names(self) -> tuple[tuple[str, ...], ...]:
         """The parameters of each bucket."""
         return self._code.NAMES
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The line that each set of power vectors belongs to."""
+        return self._code.SPECTRAL
 
     @staticmethod
     def _column(numbers: Iterable[float], like: Tensor) -> Tensor:

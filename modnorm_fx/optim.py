@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import step_op
+from . import fused_adamw, step_op
 from .base_step import Active, BaseStep, announce, logger
 from .buckets import Placement
 from .codegen import make
 from .errors import FormatError, ModelMismatchError, NonFiniteError, OptimizerError
+from .fused_adamw import FusedStep
 from .graph import GraphedStep, check_capturable
+from .kernels import cpu
 from .normalizer import BACKENDS, Normalizer
 
 if TYPE_CHECKING:
@@ -100,10 +102,13 @@ class ModularOptimizer(Optimizer):
         self._base_step = BaseStep(base, weight_dependent)
         self._used = {leaf.weight for leaf in norm.leaves}
         self._names: dict[Tensor, str] = {}
+        self._listed: Active = []
         self._normalizer: Normalizer | None = None
         self._saved: dict[str, Any] = {}  # state of leaves that it does not hold
         self._placements: dict[str, Placement] = {}
         self._graph: GraphedStep | None = None
+        self._fused: FusedStep | None = None
+        self._largest = math.inf  # gradient of this step, where it is known
         self._number = step_op.enlist(self)
         self._check_known([(i, p) for i, group in enumerate(base.param_groups) for p in group["params"]])
 
@@ -207,7 +212,7 @@ class ModularOptimizer(Optimizer):
         self.base.load_state_dict(theirs | saved.get("base_extra", {}))
         for group, loaded in zip(self.param_groups, copy.deepcopy(state_dict["param_groups"]), strict=True):
             group.update({key: value for key, value in loaded.items() if key != "params"})
-        self._saved, self._normalizer, self._graph = saved["leaves"], None, None
+        self._saved, self._normalizer, self._graph, self._fused = saved["leaves"], None, None, None
         self._base_step.lr = list(saved["base_lr"])
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -216,7 +221,7 @@ class ModularOptimizer(Optimizer):
         skipped = ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured", "step")
         kept = {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
         if self._normalizer is not None:  # generated again by the copy's first step
-            kept |= {"_normalizer": None, "_graph": None, "_saved": self._remembered()}
+            kept |= {"_normalizer": None, "_graph": None, "_fused": None, "_saved": self._remembered()}
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,12 +275,30 @@ class ModularOptimizer(Optimizer):
         return losses[0] if losses else None
 
     def _run(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> None:
-        """The step, operation by operation."""
-        factors = self._factors(normalizer, active, closure)
-        if self.nonfinite != "unchecked" and (bad := normalizer.refused(factors)):
+        """The step, operation by operation, or that of the matrices in one (see FusedStep)."""
+        checked = self.nonfinite != "unchecked"
+        fused = None if closure is not None else self._fused_step(normalizer, active)
+        others = active if fused is None else fused.others(active)
+        part = normalizer if fused is None else fused.share()
+        factors = self._factors(part, others, closure) if others or fused is None else []
+        if checked and (bad := part.refused(factors)):
             self._refuse("update", bad)
-        normalizer.keep()
-        normalizer.apply_(factors, {name: p for _, name, p in active}, normalizer.rates(self._settings(active)))
+        if fused is not None and (bad := fused.step(self.param_groups, guarded=checked)):
+            self._refuse("update", bad)
+        if others or fused is None:
+            part.keep() if fused is None else fused.keep()
+            part.apply_(factors, {name: p for _, name, p in others}, part.rates(self._settings(others)))
+
+    def _fused_step(self, normalizer: Normalizer, active: Active) -> FusedStep | None:
+        """The kernel of whole steps, if it can do this one."""
+        if self.backend != "auto" or self.mode != "normalize" or type(self.base) not in fused_adamw.KNOWN:
+            return None
+        if self._base_step.weight_dependent or not cpu.available() or any(v is None for v in normalizer.vectors):
+            return None
+        if self._fused is None or self._fused.whole is not normalizer:
+            self._fused = FusedStep(self.norm, self._placements, normalizer)
+        fits = self._fused.ready(self.base, self.param_groups, active, self.nonfinite, self._largest)
+        return self._fused if fits else None
 
     def _factors(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> list[Tensor]:
         self._base_step.write_updates(self.param_groups, active, normalizer.updates, closure)
@@ -301,7 +324,7 @@ class ModularOptimizer(Optimizer):
     def release(self) -> None:
         """Frees the CUDA graph and the normaliser's buffers; the next step makes them again, with the same state."""
         self._saved = self._remembered()
-        self._graph = self._normalizer = None
+        self._graph = self._normalizer = self._fused = None
 
     def _active(self) -> Active:
         """Everything with a gradient, after all checks; nothing is changed."""
@@ -310,11 +333,13 @@ class ModularOptimizer(Optimizer):
                 f"The base has {len(self.base.param_groups)} parameter groups, the wrapper {len(self.param_groups)}.",
                 do="add groups with ModularOptimizer.add_param_group only",
             )
-        params = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        self._check_known(params)
-        active = [(i, self._names[p], p) for i, p in params if p.requires_grad and p.grad is not None]
-        for _, name, p in active:
-            if p.grad.layout != torch.strided:
+        active, gradients = [], []
+        for entry in self._all():
+            if entry[2].requires_grad and (gradient := entry[2].grad) is not None:
+                active.append(entry)
+                gradients.append(gradient)
+        for (_, name, _), gradient in zip(active, gradients, strict=True):
+            if gradient.layout is not torch.strided:
                 raise OptimizerError(
                     f"The gradient of {name} is sparse.",
                     why="the norm of an update is taken over the whole weight",
@@ -326,9 +351,19 @@ class ModularOptimizer(Optimizer):
                     why="the graph that convert() captured does not use it",
                     do="convert the model with inputs (args, kwargs) that use it, or freeze it",
                 )
-        if self.nonfinite != "unchecked":
-            self._refuse_nonfinite_gradients(active)
+        if self.nonfinite != "unchecked" and gradients:
+            self._refuse_nonfinite(active, gradients)
         return active
+
+    def _all(self) -> Active:
+        """Every parameter that the optimizer holds, after a check that the norm knows it with its shape."""
+        places = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        pairs = zip(places, self._listed, strict=False)
+        same = len(places) == len(self._listed) and all(i == at and p is q for (i, p), (at, _, q) in pairs)
+        if not same or any(p.shape != self.norm.shapes[name] for _, name, p in self._listed):
+            self._check_known(places)
+            self._listed = [(index, self._names[p], p) for index, p in places]
+        return self._listed
 
     def _check_known(self, params: list[tuple[int, Tensor]]) -> None:
         """The norm knows these (group index, parameter) by name and shape; remembers the names."""
@@ -352,12 +387,17 @@ class ModularOptimizer(Optimizer):
                 do="convert the model after the last change to it, and give the optimizer that model's parameters",
             )
 
-    def _refuse_nonfinite_gradients(self, active: Active) -> None:
+    def _refuse_nonfinite(self, active: Active, gradients: list[Tensor]) -> None:
         """Raise _Refused, naming the weight, if a gradient holds NaN or infinity. One synchronisation if none does."""
-        gradients: list[Any] = [p.grad for _, _, p in active]
-        if not gradients or torch.nn.utils.get_total_norm(gradients).isfinite():
+        self._largest = math.inf
+        if cpu.takes(*gradients) and all(gradient.is_contiguous() for gradient in gradients):
+            self._largest = cpu.largest_entry(gradients[::-1])  # the step starts with what was read last
+            if math.isfinite(self._largest):
+                return
+        elif torch.nn.utils.get_total_norm(gradients).isfinite():
             return  # a sum of squares is the quickest look at all entries; large ones can overflow it
-        if bad := [name for _, name, p in active if not p.grad.isfinite().all()]:  # type: ignore[union-attr]
+        pairs = zip(active, gradients, strict=True)
+        if bad := [name for (_, name, _), gradient in pairs if not gradient.isfinite().all()]:
             self._refuse("gradient", bad)
 
     def _refuse(self, what: str, bad: list[str]) -> None:
@@ -375,15 +415,14 @@ class ModularOptimizer(Optimizer):
 
     def _ready(self) -> Normalizer:
         """The normaliser for the parameters that train now: made again, with its state, when they have changed."""
-        params = [p for group in self.param_groups for p in group["params"]]
         placements = {
-            self._names[p]: (self._base_step.update_type(p), p.device)
-            for p in params
-            if p.requires_grad and self._names[p] in self._used
+            name: (self._base_step.update_type(p), p.device)
+            for _, name, p in self._all()
+            if p.requires_grad and name in self._used
         }
         if self._normalizer is None or placements != self._placements:
             self._saved = self._remembered()  # also for leaves that rest now, for when they move again
-            self._graph = None
+            self._graph = self._fused = None
             self._normalizer = make(self.norm, placements, self.mode, self.backend)
             self._normalizer.load_state(self._saved)
             self._placements = placements

@@ -175,6 +175,8 @@ def spectral(matrices: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
     One warm step of power iteration; without vectors, as many as it takes from a fixed start.
     """
     flat = matrices.flatten(0, -3)
+    if flat.device.type == "cpu" and flat.stride(-1) != 1:  # as the kernel reads it
+        flat = flat.contiguous()
     estimate, vectors = power_iteration(flat, start_vectors(flat) if vectors is None else vectors)
     return estimate.view(matrices.shape[:-2]), vectors
 

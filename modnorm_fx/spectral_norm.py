@@ -20,6 +20,7 @@ from .kernels import cpu
 __all__ = [
     "BLOCK",
     "TINY",
+    "dither",
     "largest_eigenvalue",
     "polar_factor",
     "power_iteration",
@@ -146,7 +147,8 @@ def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
     estimate = torch.where(lost, longest, estimate)
     fresh = whitened(product, product @ product.mH) + DITHER * _start_block(u.shape[-2], u.shape[-1], m.device)
     single = torch.complex64 if m.is_complex() else torch.float32
-    return estimate, torch.where(estimate[:, None, None] > TINY, fresh, u).to(single)
+    fresh = torch.where(estimate[:, None, None] > TINY, fresh, u).to(single)
+    return estimate, fresh.contiguous()  # as a checkpoint holds it: sums depend on strides
 
 
 def ritz(v: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +177,7 @@ def whitened(rows: Tensor, gram: Tensor) -> Tensor:
 
 
 def _power_step_(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu.power_step(matrices, vectors, _dither(matrices.shape[-1]), DITHER)
+    return cpu.power_step(matrices, vectors, dither(matrices.shape[-1]), DITHER)
 
 
 @torch.library.custom_op("modnorm_fx::power_step", mutates_args=())
@@ -190,8 +192,8 @@ def _(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _dither(size: int) -> Tensor:
-    """`_start_block` for a kernel on the CPU, made once for each size."""
+def dither(size: int) -> Tensor:
+    """What kernels on the CPU add to power vectors, times `DITHER`: `_start_block`, made once for each size."""
     return _start_block(BLOCK, size, torch.device("cpu"))
 
 

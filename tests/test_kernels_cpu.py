@@ -32,7 +32,7 @@ def test_estimates_stay_below_and_converge(pieces: int, rows: int, columns: int,
     true = torch.linalg.svdvals(w.double())[:, 0]
     vectors = runtime.start_vectors(w)
     for _ in range(10):
-        estimate, vectors = cpu.power_step(w, vectors, spectral_norm._dither(columns), spectral_norm.DITHER)
+        estimate, vectors = cpu.power_step(w, vectors, spectral_norm.dither(columns), spectral_norm.DITHER)
     assert (estimate <= true * (1 + 1e-5)).all()
     assert (estimate >= true * 0.97).all()
 
@@ -106,13 +106,13 @@ def test_updates_and_averages_are_those_of_adamw(make: type[torch.optim.Optimize
         for p, other in zip(params, twins, strict=True):
             p.grad = torch.randn_like(p)
             other.grad = p.grad.double().float()
-        assert fused_adamw.takes(base, active) == (step > 0)
+        assert fused_adamw.takes(base, base.param_groups, active) == (step > 0)
         before = [p.detach().clone() for p in twins]
         twin.step()
         if step == 0:
             base.step()
             continue
-        fused_adamw.write_updates(base, active, into)
+        fused_adamw.write_updates(base, base.param_groups, active, into)
         for i, (p, other, old) in enumerate(zip(params, twins, before, strict=True)):
             torch.testing.assert_close(into[str(i)], other.detach() - old, rtol=1e-4, atol=2e-6)
             for key, value in base.state[p].items():
@@ -126,7 +126,7 @@ def test_the_kernel_stands_back_where_it_would_not_do_what_the_optimizer_does() 
         for _ in range(2):
             p.grad = torch.randn_like(p)
             base.step()
-        return fused_adamw.takes(base, [(0, "p", p)])
+        return fused_adamw.takes(base, base.param_groups, [(0, "p", p)])
 
     class Own(torch.optim.AdamW):
         pass
@@ -142,7 +142,7 @@ def test_the_kernel_stands_back_where_it_would_not_do_what_the_optimizer_does() 
     strided = torch.optim.AdamW([p])
     assert offered(strided)
     p.grad = torch.randn(4, 3).T
-    assert not fused_adamw.takes(strided, [(0, "p", p)])
+    assert not fused_adamw.takes(strided, strided.param_groups, [(0, "p", p)])
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 6), (2,), (2, 6, 5, 3, 3)])
@@ -227,8 +227,25 @@ def test_it_can_be_switched_off(fresh: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("K", "BLOCK"), ("SQUARINGS", "SQUARINGS"), ("JITTER", "JITTER"), ("TINY", "TINY")]
+    ("name", "value"),
+    [
+        ("K", spectral_norm.BLOCK),
+        ("SQUARINGS", spectral_norm.SQUARINGS),
+        ("JITTER", spectral_norm.JITTER),
+        ("TINY", spectral_norm.TINY),
+        ("CAP", runtime.PIECE_CAP),
+    ],
 )
-def test_constants_are_those_of_the_torch_code(name: str, value: str) -> None:
+def test_constants_are_those_of_the_torch_code(name: str, value: float) -> None:
     (found,) = (line for line in cpu.SOURCE.read_text(encoding="utf-8").splitlines() if f" {name} = " in line)
-    assert float(found.split("=")[1].split(";")[0]) == getattr(spectral_norm, value)
+    assert float(found.split("=")[1].split(";")[0].rstrip("f")) == value
+
+
+def test_the_largest_entry_and_what_is_not_finite() -> None:
+    tensors = [matrices(1, 7, n, n) for n in (1, 13, 700)]
+    tensors[1][0, 6, 12] = -9.5
+    assert cpu.largest_entry(tensors) == 9.5
+    tensors[0][0, 3, 0] = -torch.inf
+    assert cpu.largest_entry(tensors) == torch.inf
+    tensors[2][0, 6, 699] = -torch.nan
+    assert cpu.largest_entry(tensors) != cpu.largest_entry(tensors)

@@ -10,18 +10,31 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["AdamW", "adamw", "available", "library", "power_step", "scale_apply", "takes"]
+__all__ = [
+    "Adam",
+    "adamw",
+    "available",
+    "counted",
+    "largest_entry",
+    "library",
+    "power_step",
+    "scale_apply",
+    "step_matrices",
+    "takes",
+]
 
 logger = logging.getLogger("modnorm_fx")
 
@@ -50,6 +63,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         logger.warning("The C++ kernels could not be used (%s): torch normalises updates instead.", error)
         return None
+    if found is not None:
+        found.largest_entry.restype = ctypes.c_float
     if found is not None and not _is_right(found):
         logger.warning("%s compiles the C++ kernels to wrong code: torch normalises updates instead.", compiler)
         return None
@@ -64,9 +79,25 @@ def _is_right(compiled: ctypes.CDLL) -> bool:
         basis = torch.linalg.qr((start.double() @ wave.double().mT).mT).Q
         wanted = torch.linalg.matrix_norm(basis.mT @ wave.double(), 2)
         found, _ = _power_step(compiled, wave, start, torch.zeros(8, columns, device="cpu"), 0.0)
-        if not torch.allclose(found.double(), wanted, rtol=1e-2):
+        if not torch.allclose(found.double(), wanted, rtol=1e-2) or not _steps_right(compiled, wave[0], start):
             return False
     return True
+
+
+def _steps_right(compiled: ctypes.CDLL, wave: Tensor, start: Tensor) -> bool:
+    """Whether a step of AdamW comes out as it should, and its norm as that of `power_step`."""
+    rows, columns = wave.shape
+    gradient, average, square, weight = wave * 3.0, wave.cos(), wave.square() + 0.5, wave.flip(0).contiguous()
+    m, v = 0.9 * average + 0.1 * gradient, 0.75 * square + 0.25 * gradient**2
+    update, before = m / (v.sqrt() + 0.125), weight.clone()
+    adam = Adam(0.9, 0.75, 0.125, 1.0, -1.0)
+    none, vectors = torch.zeros(8, columns, device="cpu"), start.clone()
+    places = [[x.data_ptr() for x in (gradient, average, square, weight)]]
+    shape = (1, 1, rows, columns, columns)
+    norms = step_matrices(places, [adam], [2.0], [0.5], vectors, none, 0.0, shape, True, compiled)
+    wanted, _ = _power_step(compiled, update[None], start, none, 0.0)
+    pairs = ((average, m), (square, v), (norms[0], wanted), (weight, 0.5 * before - 2.0 * update / wanted))
+    return all(torch.allclose(found, expected, rtol=1e-3, atol=1e-4) for found, expected in pairs)
 
 
 def _built(compiler: str) -> Path | None:
@@ -148,32 +179,90 @@ def _power_step(
     return estimates, fresh
 
 
-class AdamW:
-    """The settings and averages of one step of `torch.optim.AdamW` with lr 1 for tensors of one shape."""
+class Adam(ctypes.Structure):
+    """The settings of one step of `torch.optim.AdamW` with lr 1 for one tensor."""
 
-    def __init__(
-        self,
-        averages: Sequence[Tensor],
-        squares: Sequence[Tensor],
-        steps: Sequence[float],
-        *,
-        betas: tuple[float, float],
-        eps: float,
-        maximize: bool,
-    ):
-        beta1, beta2 = betas
-        self.averages, self.squares = _addresses(averages), _addresses(squares)
-        self.sizes = torch.tensor([1.0 / (1.0 - beta1**step) for step in steps], dtype=torch.float32, device="cpu")
-        self.roots = torch.tensor([(1.0 - beta2**step) ** -0.5 for step in steps], dtype=torch.float32, device="cpu")
-        self.numbers = (_float(beta1), _float(beta2), _float(eps), _float(-1.0 if maximize else 1.0))
+    _fields_ = [(name, _float) for name in ("beta1", "beta2", "eps", "sign", "scale")]
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], step: float) -> Adam:
+        """For a parameter group of the optimizer, and the number of the step."""
+        beta1, beta2 = group["betas"]
+        root = math.sqrt(1.0 - beta2**step)
+        return cls(beta1, beta2, group["eps"] * root, -1.0 if group["maximize"] else 1.0, -root / (1.0 - beta1**step))
 
 
-def adamw(gradients: Sequence[Tensor], adam: AdamW, updates: Sequence[Tensor]) -> None:
+def counted(steps: Sequence[Tensor]) -> list[float]:
+    """Adds 1 to each of these float32 numbers; what they are then."""
+    found = (_float * len(steps))()
+    _library().count(_addresses(steps), _long(len(steps)), found)
+    return list(found)
+
+
+def adamw(
+    gradients: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    settings: Sequence[Adam],
+) -> None:
     """AdamW's updates for contiguous float32 `gradients` of one shape, written to `updates`; the averages move on."""
     _library().adamw(
-        _addresses(gradients), adam.averages, adam.squares, _addresses(updates), _at(adam.sizes), _at(adam.roots),
-        *adam.numbers, _long(len(gradients)), _long(updates[0].numel()), torch.get_num_threads(),
+        _addresses(gradients), _addresses(averages), _addresses(squares), _addresses(updates),
+        (Adam * len(settings))(*settings), _long(len(gradients)), _long(updates[0].numel()), torch.get_num_threads(),
     )  # fmt: skip
+
+
+class _Matrices(ctypes.Structure):
+    """What the kernel `step_matrices` works on; cpu.cpp describes the fields."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("g", "m", "v", "w", "adam", "moves", "kept", "vectors", "dither")),
+        ("dither_size", _float),
+        ("norms", ctypes.c_void_p),
+        *((name, _long) for name in ("n", "groups", "taps", "rows", "c", "ld")),
+        ("guarded", ctypes.c_int),
+    ]
+
+
+def step_matrices(
+    places: Sequence[Sequence[int]],
+    settings: Sequence[Adam],
+    moves: Sequence[float],
+    kept: Sequence[float],
+    vectors: Tensor,
+    dither: Tensor,
+    amount: float,
+    shape: tuple[int, int, int, int, int],
+    guarded: bool,
+    compiled: ctypes.CDLL | None = None,
+) -> Tensor:
+    """A whole step of AdamW, normalised, for the same part of n parameters; norms `[n, groups·taps]`.
+
+    `weight = kept · weight + moves · update / norm` piece by piece, where no factor is more than `PIECE_CAP` times that
+    of the largest piece.
+
+    Args:
+        places: addresses of the part in gradient, average, average of squares and weight, all float32, of each
+        parameter. vectors: `[n·groups·taps, 8, c]`, replaced. shape: groups, taps, rows, c and ld, as in cpu.cpp.
+        guarded: whether weights stay as they are where a norm is not finite. compiled: the library, if not `library()`.
+    """
+    n = len(places)
+    norms = torch.empty(n, shape[0] * shape[1], device="cpu")
+    pointers: list[Any] = [(ctypes.c_void_p * n)(*column) for column in zip(*places, strict=True)]
+    numbers: list[Any] = [(Adam * n)(*settings), (_float * n)(*moves), (_float * n)(*kept)]
+    given = _Matrices(
+        *(ctypes.addressof(array) for array in (*pointers, *numbers)), vectors.data_ptr(), dither.data_ptr(), amount,
+        norms.data_ptr(), n, *shape, guarded,
+    )  # fmt: skip
+    (compiled or _library()).step_matrices(ctypes.byref(given), torch.get_num_threads())
+    return norms
+
+
+def largest_entry(tensors: Sequence[Tensor]) -> float:
+    """The largest magnitude in contiguous float32 tensors; NaN if one holds NaN."""
+    sizes = (_long * len(tensors))(*[t.numel() for t in tensors])
+    return _library().largest_entry(_addresses(tensors), sizes, _long(len(tensors)), torch.get_num_threads())
 
 
 def scale_apply(weights: Sequence[Tensor], updates: Sequence[Tensor], factors: Tensor, decays: Tensor) -> None:
