@@ -72,6 +72,12 @@ class Atom:
     is_matrix: ClassVar[bool] = False
     decays: ClassVar[bool] = False
 
+    @property
+    def typical_norm(self) -> float:
+        """The norm of a random weight that keeps the scale of what it reads; what weights are declared to have where
+        scales are tracked."""
+        return 1.0
+
     # What a subclass provides ---------------------------------------------------------------------------------------
 
     def piece_norms(self, w: Tensor) -> Tensor:
@@ -207,6 +213,7 @@ _READERS: dict[str, Any] = {
     "feature_axes": _integers,
     "permute": _integers,
     "stored": _integers,
+    "stride": _integers,
     "inner": Atom.from_json,
     "atoms": lambda value: tuple(Atom.from_json(v) for v in value),
     "weights": lambda value: tuple(float(v) for v in value),

@@ -96,7 +96,7 @@ def _unit(atom: Spectral) -> str:
     """The norm of a piece over its singular value, unfolded."""
     _, out, into = atom.piece_shape
     root = "" if into == out else f"sqrt({into} / {out}) * "
-    return f"{atom.taps} * {root}" if isinstance(atom, Conv) and atom.taps > 1 else root
+    return f"{atom.met} * {root}" if isinstance(atom, Conv) and atom.met > 1 else root
 
 
 def _sigmas(atom: Spectral, x: str, out: Writer) -> str:

@@ -210,6 +210,10 @@ class Reshaped(Atom):
     def decays(self) -> bool:  # type: ignore[override]
         return self.inner.decays
 
+    @property
+    def typical_norm(self) -> float:
+        return self.inner.typical_norm
+
     def read(self, w: Tensor) -> Tensor:
         """What the op sees of `w`: a view where there is one."""
         self._check(w)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .atoms import Embedding
+from .atoms import Atom, Embedding
 from .errors import ModnormError
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class Convention:
         if total <= 0:
             return 0.0
         return math.sqrt(mass / total) if self.quadrature else mass / total
+
+    def declared(self, atom: Atom) -> float:
+        """The norm that the matrix of a layer is declared to have; its layer then keeps the scale of its input."""
+        return atom.typical_norm if self.tracks_scales else 1.0
 
     def binding(self, uses: list[Allotment]) -> list[Allotment]:
         """The uses of one weight that its norm counts: all of them (the triangle inequality), or the lookups alone.

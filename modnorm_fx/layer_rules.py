@@ -7,6 +7,7 @@ import math
 import torch
 
 from . import weight_atoms as atom_of
+from .matrix_atoms import met_taps
 from .rules import Call, Local, RuleTable
 from .slices import take_slice
 
@@ -77,14 +78,16 @@ def convolution(call: Call) -> Local:
 
 
 def _depthwise_taps(call: Call) -> int:
-    """Taps of a convolution that has a filter of its own for each channel; 1 for others.
+    """Taps that meet in an output of a convolution with a filter of its own for each channel; 1 for others.
 
     Behind a norm layer it makes no difference. In a stream without one (``x + conv(x)``, convolutions as position
     encodings) a branch that counts as large as the stream makes it grow by √2 each time: by 2¹⁸ in a large DaViT.
     """
     _, channels, *kernel = call.shape("weight")
     groups = call.args.get("groups")
-    return math.prod(kernel) if channels == 1 and isinstance(groups, int) and groups > 1 else 1
+    if channels > 1 or not isinstance(groups, int) or groups == 1:
+        return 1
+    return met_taps(kernel, atom_of.spread_of(call.node, call.args, len(kernel)))
 
 
 @LAYERS.rule(aten._grouped_mm.default, "transformers.grouped_mm_fallback.default", status="declared",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from . import runtime
 from .atom_base import Atom, Vectors, shares
 
-__all__ = ["Conv", "Experts", "Gates", "Linear", "PatchConv"]
+__all__ = ["Conv", "Experts", "Gates", "Linear", "PatchConv", "met_taps"]
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,35 @@ class Linear(_Spectral):
         return f"Linear {self.into}→{self.out}"
 
 
+def met_taps(kernel: Sequence[int], stride: Sequence[int] | None) -> int:
+    """How many taps of a kernel meet in one output, at most; ``stride``: of a transposed convolution, else None."""
+    return math.prod(-(-k // s) for k, s in zip(kernel, stride or (1,) * len(kernel), strict=True))
+
+
 @dataclass(frozen=True)
 class Conv(_Spectral):
-    """Convolution: `K · max over taps and groups of √(in/out)·σ_max(W_tap,group)`, with in and out per group.
+    """Convolution: `K · max over taps and groups of √(in/out)·σ_max(W_tap,group)`, with in and out per group, for K
+    taps that meet in one output.
 
-    Shape `[out, in/groups, *kernel]`, or `[in, out/groups, *kernel]` when `transposed`. Any number of kernel axes;
-    stride, padding and dilation do not enter. Depthwise convolutions are the case `in/groups = 1`.
+    Shape `[out, in/groups, *kernel]`, or `[in, out/groups, *kernel]` when `transposed`. Any number of kernel axes. All
+    taps meet in an output, whatever stride, padding and dilation are; of a transposed convolution every `stride`-th
+    along each axis. Depthwise convolutions are the case `in/groups = 1`.
     """
 
     groups: int = 1
     transposed: bool = False
+    stride: tuple[int, ...] | None = None
     kind: ClassVar[str] = "Conv"
 
     @property
     def taps(self) -> int:
         """Number of kernel positions K."""
         return math.prod(self.shape[2:])
+
+    @property
+    def met(self) -> int:
+        """Number of taps that meet in one output, at most."""
+        return met_taps(self.shape[2:], self.stride)
 
     @property
     def piece_shape(self) -> tuple[int, int, int]:
@@ -122,7 +136,14 @@ class Conv(_Spectral):
 
     @property
     def unit(self) -> float:
-        return self.taps * super().unit
+        return self.met * super().unit
+
+    @property
+    def typical_norm(self) -> float:
+        """√K: the outputs of K independent taps of norm 1/√K add up in quadrature to the scale of the input. Taps of a
+        step agree and add up linearly, so a step of norm 1 still moves the output by its whole scale. Depthwise
+        filters count as 1 (see `layer_rules.convolution`)."""
+        return math.sqrt(self.met) if self.piece_shape[2] > 1 else 1.0
 
     def matrices(self, w: Tensor) -> Tensor:
         return w.reshape(self.groups, -1, self.shape[1], self.taps).permute(0, 3, 1, 2).flatten(0, 1)

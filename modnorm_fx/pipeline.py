@@ -120,7 +120,7 @@ def convert(
     stages["capture"] = lambda: graph_as_captured
     found = {"cells": run("unfold_cells", unfold_cells, module)}
     held = made_of_numbers(inputs, captured.constants)
-    found["computed"] = run("computed_weights", computed_weights, module, inputs, held, rules=rules)
+    found["computed"] = run("computed_weights", computed_weights, module, inputs, held, rules=rules, convention=chosen)
     found["norms"] = run("recognize_norms", recognize_norms, module)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)

@@ -186,23 +186,35 @@ def conv(site: Site) -> Atom:
     site.refuse_maps("convolution")
     args, kernel = site.args, site.size[2:]
     groups = int(args.get("groups") or 1)
-    transposed = bool(args.get("transposed")) or "conv_transpose" in str(site.node.target)
-
-    def per_axis(name: str, default: int) -> tuple[int, ...]:
-        value = args.get(name)
-        if isinstance(value, str):
-            return (0 if value == "valid" else -1,) * len(kernel)
-        value = list(value) if isinstance(value, list | tuple) else [default if value is None else value]
-        return tuple(int(v) for v in value) * (len(kernel) if len(value) == 1 else 1)
-
+    spread = spread_of(site.node, args, len(kernel))
     patches = (
-        per_axis("stride", 1) == tuple(kernel)
-        and not any(per_axis("padding", 0))
-        and set(per_axis("dilation", 1)) == {1}
+        _per_axis(args, "stride", 1, len(kernel)) == tuple(kernel)
+        and not any(_per_axis(args, "padding", 0, len(kernel)))
+        and set(_per_axis(args, "dilation", 1, len(kernel))) == {1}
     )
-    if patches and groups == 1 and not transposed and any(k > 1 for k in kernel):
+    if patches and groups == 1 and spread is None and any(k > 1 for k in kernel):
         return site.arranged(PatchConv)
-    return site.arranged(lambda shape: Conv(shape, groups=groups, transposed=transposed))
+    stride = spread if spread and max(spread) > 1 else None
+    return site.arranged(lambda shape: Conv(shape, groups=groups, transposed=spread is not None, stride=stride))
+
+
+def spread_of(node: fx.Node, args: Mapping[str, Any], axes: int) -> tuple[int, ...] | None:
+    """Of a transposed convolution, every which tap along each axis meets in one output; None for others.
+
+    Stride s and dilation d: taps i and j meet where s divides d(i - j).
+    """
+    if not args.get("transposed") and "conv_transpose" not in str(node.target):
+        return None
+    pairs = zip(_per_axis(args, "stride", 1, axes), _per_axis(args, "dilation", 1, axes), strict=True)
+    return tuple(stride // math.gcd(stride, dilation) for stride, dilation in pairs)
+
+
+def _per_axis(args: Mapping[str, Any], name: str, default: int, axes: int) -> tuple[int, ...]:
+    value = args.get(name)
+    if isinstance(value, str):
+        return (0 if value == "valid" else -1,) * axes
+    value = list(value) if isinstance(value, list | tuple) else [default if value is None else value]
+    return tuple(int(v) for v in value) * (axes if len(value) == 1 else 1)
 
 
 def embedding(site: Site) -> Atom:

@@ -22,6 +22,7 @@ from torch import fx
 from modnorm_fx import weight_atoms
 from modnorm_fx.atoms import Atom, Bias, Scalar
 from modnorm_fx.capture import Input
+from modnorm_fx.conventions import Convention
 from modnorm_fx.errors import WeightError
 from modnorm_fx.regions import Region, extract
 from modnorm_fx.rules import AtomFunction, Operand, RuleTable, arguments, operands
@@ -65,11 +66,18 @@ class _Layer:
 
 
 def computed_weights(
-    module: fx.GraphModule, inputs: tuple[Input, ...], held: Mapping[fx.Node, torch.Tensor], *, rules: RuleTable
+    module: fx.GraphModule,
+    inputs: tuple[Input, ...],
+    held: Mapping[fx.Node, torch.Tensor],
+    *,
+    rules: RuleTable,
+    convention: Convention,
 ) -> int:
     """Rewrites ``module`` in place and returns how many matrices were cut out.
 
-    ``held``: inputs whose values the graph itself holds (``measure_constants.made_of_numbers``).
+    Args:
+        held: inputs whose values the graph itself holds (``measure_constants.made_of_numbers``).
+        convention: says what norm a matrix is declared to have.
     """
     learned = _learned(module, inputs)
     views = _views(module, inputs, rules)
@@ -83,7 +91,7 @@ def computed_weights(
                 role = roles.get(operand[0])
                 if learned.get(source) and source not in views and role in LAYERS | PRODUCTS:
                     layer = _Layer(node, args, roles[operand[0]])
-                    count += _cut(module, layer, operand, source, views, held, rules, known)
+                    count += _cut(module, layer, operand, source, views, held, rules, convention, known)
     return count
 
 
@@ -121,6 +129,7 @@ def _cut(
     views: Mapping[fx.Node, Any],
     held: Mapping[fx.Node, torch.Tensor],
     rules: RuleTable,
+    convention: Convention,
     known: dict[Any, Any],
 ) -> int:
     inside, outside = cone(source, lambda n: n.op == "placeholder" or (n in views and _is_part(n)))
@@ -143,7 +152,8 @@ def _cut(
     region: Any = module.get_submodule(str(call.target))
     roles = _roles(region, layer, list(named), rules)
     extras = dict(zip(region.inputs[len(named) :], values, strict=True))
-    found = measure_matrix(region, roles, layer.atom(_site(layer.node, shape(source))), extras, known)
+    atom = layer.atom(_site(layer.node, shape(source)))
+    found = measure_matrix(region, roles, atom, extras, convention.declared(atom), known)
     region.facts.update(found)
     region.facts["weights"] = {name: part.role if found else _unmeasured for name, part in roles.items()}
     return 1

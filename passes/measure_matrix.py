@@ -3,10 +3,10 @@
 The map is run at its *declared point*, in double precision: every parameter at a random value of norm 1 in its own
 atom, gains at 1. Nothing of the model is read. From there on:
 
-* a map of degree 1 in the carriers of the entries (``w/√n``, masks) is scaled by its author such that the matrix counts
-  as norm 1: the carriers are declared at the norm that makes it so;
+* a map of degree 1 in the carriers of the entries (``w/√n``, masks) is scaled by its author such that the matrix keeps
+  the scale: the carriers are declared at the norm that gives it the norm of its layer (``Convention.declared``);
 * where gains are the norms of the rows (weight normalisation), they are declared at the norms that the rows of a matrix
-  of norm 1 have;
+  of that norm have;
 * any other map fixes the size of the matrix itself (standardised weights, rotations), whose scale then is its gain on
   inputs of independent entries: of a row w that is ‖w‖₂, and the author of such a map has chosen it.
 
@@ -66,13 +66,19 @@ class Part:
 
 
 def measure_matrix(
-    region: Region, parts: Mapping[str, Part], layer: Atom, held: Mapping[str, Tensor | None], known: dict[Any, Any]
+    region: Region,
+    parts: Mapping[str, Part],
+    layer: Atom,
+    held: Mapping[str, Tensor | None],
+    declared: float,
+    known: dict[Any, Any],
 ) -> dict[str, Any]:
     """Facts of the region: ``scale`` of the matrix in the norm of ``layer``, and per parameter ``initial`` (the norm it
     is declared to have) and ``sensitivity``. Empty if the map cannot be run at that point, or is zero there.
 
     Args:
         held: the other inputs of the region: their values where the graph holds them, None for buffers.
+        declared: the norm that the matrix has where a parameter sets its size.
         known: results by what they depend on; layers that repeat are measured once.
     """
     inputs = [n for n in region.body.graph.nodes if n.op == "placeholder"]
@@ -81,7 +87,7 @@ def measure_matrix(
     key = (_text(region.body.graph), repr(layer), tuple((repr(a), parts[n].kind) for n, a in atoms.items()), values)
     if key not in known:
         try:
-            known[key] = _Matrix(region.body, parts, atoms, layer, held).measure()
+            known[key] = _Matrix(region.body, parts, atoms, layer, held).measure(declared)
         except Exception:  # whatever an op raises on random values is the answer to "can it be measured"
             known[key] = {}
     return known[key]
@@ -131,7 +137,7 @@ class _Matrix:
                 part = parts.get(node.name)
                 self.point[node.name] = self.draw(part, _meta(node)) if part else self.buffer(node, held.get(node.name))
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, declared: float) -> dict[str, Any]:
         with torch.no_grad():
             matrix = self.run(self.point)
             norm = self.norm(matrix)
@@ -141,8 +147,8 @@ class _Matrix:
             scale = _typical_gain(matrix, self.layer)
             rows = [p.name for p in self.parts.values() if p.kind == "gain" and _are_row_norms(matrix, p.view)]
             for name in rows or self.homogeneous(matrix):
-                self.point[name] /= norm
-                initial[name], scale = 1 / norm, 1.0
+                self.point[name] *= declared / norm
+                initial[name], scale = declared / norm, 1.0
             return {"scale": scale, "initial": initial, "sensitivity": {n: self.slope(n, initial[n]) for n in initial}}
 
     def homogeneous(self, matrix: Tensor) -> list[str]:
@@ -259,7 +265,7 @@ def _typical_gain(matrix: Tensor, layer: Atom) -> float:
     if not isinstance(layer, Linear | Conv | PatchConv | Experts | Gates):
         return float(matrix.square().mean().sqrt())
     pieces, out, _ = layer.piece_shape
-    rows = pieces * out // (layer.taps if isinstance(layer, Conv) else 1)
+    rows = pieces * out / (layer.met if isinstance(layer, Conv) else 1)
     return math.sqrt(float(matrix.square().sum()) / rows)
 
 

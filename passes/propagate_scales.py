@@ -221,9 +221,13 @@ def _operand_scales(
             scales[n] = constants.get(n, _unmeasured(node)) if convention.tracks_scales else 1.0
         elif flow.weight(n):
             use = uses[node, op]
-            declared = measured.get(op[0], _declared(use.atom, tied.get(use.key), others, convention))
-            facts.initial[use.key, use.index] = use.stored(declared)
-            scales[n] = declared if convention.tracks_scales else 1.0
+            if op[0] in measured:
+                scale = norm = measured[op[0]]
+            else:
+                scale = _declared(use.atom, tied.get(use.key), others)
+                norm = scale * convention.declared(use.atom)
+            facts.initial[use.key, use.index] = use.stored(norm)
+            scales[n] = scale if convention.tracks_scales else 1.0
     return scales
 
 
@@ -257,7 +261,8 @@ def _apply(rule: Rule, call: Call) -> Local | None:
         return None
 
 
-def _declared(atom: Atom, width: float | None, others: list[float], convention: Convention) -> float:
+def _declared(atom: Atom, width: float | None, others: list[float]) -> float:
+    """The scale that a weight is declared to have where it meets ``others``."""
     if isinstance(atom, Bias | LogitBias):
         return 0.0 if others else 1.0  # a sum of parameters is a source of its own, not a shift
     if isinstance(atom, Table):

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from modnorm_fx import ATEN
 from modnorm_fx.capture import Captured, capture
+from modnorm_fx.conventions import TRACKED
 from modnorm_fx.regions import Region
 from modnorm_fx.rules import RuleTable
 
@@ -89,6 +90,7 @@ class Staged:
                 self.captured.inputs,
                 made_of_numbers(self.captured.inputs, self.captured.constants),
                 rules=self.rules,
+                convention=TRACKED,
             ),
             "norms": lambda: recognize_norms(self.module),
             "rotary": lambda: recognize_rotary(self.module, self.flow()),

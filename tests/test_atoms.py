@@ -82,7 +82,8 @@ CONVS = [
     (A.Conv((6, 2, 3), groups=3), dict(dilation=2)),
     (A.Conv((8, 1, 3, 3), groups=8), dict(stride=2)),
     (A.Conv((8, 1, 3), groups=4), {}),
-    (A.Conv((4, 3, 3, 2), groups=2, transposed=True), dict(stride=2)),
+    (A.Conv((4, 3, 3, 2), groups=2, transposed=True, stride=(2, 2)), dict(stride=2)),
+    (A.Conv((4, 6, 6), transposed=True, stride=(3,)), dict(stride=3, dilation=2)),
     (A.Conv((2, 3, 2, 2, 2), transposed=True), {}),
 ]
 
@@ -114,7 +115,7 @@ def one_tap(atom, w, tap):
 
 
 @pytest.mark.parametrize("atom, options", CONVS, ids=[a.describe() for a, _ in CONVS])
-def test_conv_norm_is_taps_times_the_worst_group_of_the_worst_tap(atom, options):
+def test_conv_norm_is_the_taps_that_meet_times_the_worst_group_of_the_worst_tap(atom, options):
     w = draw(atom)
     out, into = channels(atom)
     o, i, g = out // atom.groups, into // atom.groups, atom.groups
@@ -126,7 +127,9 @@ def test_conv_norm_is_taps_times_the_worst_group_of_the_worst_tap(atom, options)
         blocks = [operator[b * o : (b + 1) * o, b * i : (b + 1) * i] for b in range(g)]
         assert torch.equal(torch.block_diag(*blocks), operator)
         worst = max(worst, *(math.sqrt(i / o) * sigma(block) for block in blocks))
-    assert atom.norm(w).item() == pytest.approx(math.prod(atom.shape[2:]) * worst, rel=1e-5)
+    ones = torch.ones(1, into, *(5 * k for k in atom.shape[2:]))
+    meeting = convolution(atom, torch.ones_like(w), ones, options).max().item() / i
+    assert atom.norm(w).item() == pytest.approx(meeting * worst, rel=1e-5)
 
 
 @pytest.mark.parametrize("atom, options", CONVS, ids=[a.describe() for a, _ in CONVS])

@@ -201,3 +201,29 @@ def test_a_stream_with_depthwise_convolutions_and_no_norm_layer() -> None:
     first, last = size["layers.0.weight"], size["layers.11.weight"]
     # as much of the stream's change as of its size: the same target in every layer, and 1.05 to the 12th in all
     assert measured == pytest.approx((1 + 1 / 9) ** 6, rel=0.15) and last == pytest.approx(first, rel=1e-6)
+
+
+CONVOLUTIONS = {
+    "1d": (lambda: nn.Conv1d(16, 16, 5), 1),
+    "2d": (lambda: nn.Conv2d(16, 16, 3), 2),
+    "3d": (lambda: nn.Conv3d(8, 8, 2), 3),
+    "grouped": (lambda: nn.Conv2d(16, 16, 3, groups=4), 2),
+    "dilated": (lambda: nn.Conv1d(16, 16, 3, dilation=2), 1),
+    "transposed": (lambda: nn.ConvTranspose2d(16, 16, 3, padding=2), 2),
+    "upsampling": (lambda: nn.ConvTranspose2d(8, 8, 2, stride=2), 2),
+    "upsampling, overlapping": (lambda: nn.ConvTranspose1d(16, 16, 4, stride=2, padding=3), 1),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3)), 2),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_without_norm_layers_keep_the_scale(name: str) -> None:
+    """Four in a row, as `initialize_` leaves them, on noise: the taps of each add up in quadrature."""
+    make, axes = CONVOLUTIONS[name]
+    model = nn.Sequential(*(make() for _ in range(4)))
+    size = 24 if axes < 3 else 10
+    x = torch.randn(4, 8 if name in ("3d", "upsampling") else 16, *(size,) * axes)
+    norm = convert(model, (x,))
+    norm.initialize_(model, generator=torch.Generator().manual_seed(0))
+    assert model(x).square().mean().sqrt().item() == pytest.approx(1.0, rel=0.2)
+    assert {leaf.scale for leaf in norm.leaves if leaf.atom.is_matrix and name != "weight norm"} <= {1.0}

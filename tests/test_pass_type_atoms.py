@@ -92,7 +92,8 @@ def test_convolutions(name: str):
 
 def test_transposed_and_one_dimensional_convolutions():
     found = one(lambda s, x: F.conv_transpose2d(x, s.w, stride=2), IMAGE, w=(4, 8, 2, 2))
-    assert found == A.Conv((4, 8, 2, 2), transposed=True)
+    assert found == A.Conv((4, 8, 2, 2), transposed=True, stride=(2, 2))
+    assert one(lambda s, x: F.conv_transpose2d(x, s.w), IMAGE, w=(4, 8, 2, 2)) == A.Conv((4, 8, 2, 2), transposed=True)
     assert one(lambda s, x: F.conv1d(x.mT, s.w, padding=1), w=(8, 16, 3)) == A.Conv((8, 16, 3))
 
 
