@@ -61,12 +61,22 @@ def _adamw(setting: Setting) -> Optimizer:
     return AdamW(setting.model.parameters(), lr=setting.lr, betas=BETAS, weight_decay=setting.weight_decay)
 
 
+def _adamw_initialized(setting: Setting) -> Optimizer:
+    """Tells what the norm does from what its initial weights do."""
+    _initialize(setting, setting.norm())
+    return _adamw(setting)
+
+
+def _initialize(setting: Setting, norm: ModularNorm) -> None:
+    norm.initialize_(setting.model, torch.Generator().manual_seed(setting.seed))
+
+
 def _normalised(
     base: Callable[[Iterator[nn.Parameter]], Optimizer], mode: Literal["normalize", "dualize"] = "normalize"
 ) -> Callable[[Setting], Optimizer]:
     def begin(setting: Setting) -> Optimizer:
         norm = setting.norm()
-        norm.initialize_(setting.model, torch.Generator().manual_seed(setting.seed))
+        _initialize(setting, norm)
         return ModularOptimizer(
             base(setting.model.parameters()), norm, lr=setting.lr, weight_decay=setting.weight_decay, mode=mode
         )
@@ -188,6 +198,7 @@ RECIPES: dict[str, Recipe] = {
         _normalised(lambda p: SGD(p, lr=1.0, momentum=MOMENTUM, nesterov=True), "dualize"),
     ),
     "adamw": Recipe("AdamW", _octaves(-11, -6), _adamw),
+    "adamw-initialized": Recipe("AdamW from the norm's initial weights", _octaves(-11, -6), _adamw_initialized),
     "muon": Recipe("Muon, and AdamW for what is not a hidden matrix", _octaves(-11, -6), _muon),
     "mup": Recipe("AdamW under mup", _octaves(-11, -6), _mup),
 }

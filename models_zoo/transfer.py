@@ -18,7 +18,7 @@ import os
 import signal
 import statistics
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -39,7 +39,9 @@ from .recipes import RECIPES, Setting
 from .train import evaluate, train
 from .training import Task, given_inputs, logits_loss, model_for, task_for
 
-__all__ = ["Plan", "Run", "Size", "Trial", "begin", "check", "chosen_lr", "mean_losses", "read", "sweep"]
+__all__ = [
+    "Plan", "Run", "Size", "Trial", "begin", "check", "chosen_lr", "common_head_size", "mean_losses", "read", "sweep",
+]  # fmt: skip
 
 POINTS = 50  # of the loss curve, kept in the file
 MOST_EXTRA = 4  # octaves beyond the grid, at either end
@@ -71,10 +73,17 @@ class Trial:
     data: str | None = None
     narrowest: int = 0
     convention: str = "tracked"
+    head_size: int | None = None
 
     @property
     def size(self) -> Size:
         return Size(self.width, self.depth)
+
+    def sizes(self, width: int | None = None) -> dict[str, int | None]:
+        """As `build` takes them, at another width if one is given."""
+        width = width or self.width
+        heads = {"heads": width // self.head_size} if self.head_size else {}
+        return {"width": width, "layers": self.depth, **heads}
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,9 @@ class Plan:
         recipes: names in `RECIPES`. lrs: grid by recipe, where it is not the recipe's own.
         full: every width with every depth.
         seeds: how many, from 0.
+        head_size: features of an attention head at every width; None leaves it to the model's builder. Larger heads are
+            another axis than more heads: logits of learned queries and keys grow with √head_size (Yang et al.,
+            arXiv 2203.03466, definition 4.1). A norm of typical values does not see that.
     """
 
     spec: str
@@ -130,6 +142,7 @@ class Plan:
     data: str | None = None
     full: bool = False
     convention: str = "tracked"
+    head_size: int | None = None
 
     @property
     def smallest(self) -> Size:
@@ -145,7 +158,7 @@ class Plan:
     def trial(self, recipe: str, size: Size, lr: float, seed: int) -> Trial:
         return Trial(
             self.spec, recipe, size.width, size.depth, lr, seed, self.steps, self.batch, self.context,
-            self.weight_decay, self.data, self.smallest.width, self.convention,
+            self.weight_decay, self.data, self.smallest.width, self.convention, self.head_size,
         )  # fmt: skip
 
     def trials(self, recipe: str, size: Size, lrs: Iterable[float]) -> list[Trial]:
@@ -160,13 +173,12 @@ class Plan:
 
 def begin(trial: Trial) -> tuple[Task, nn.Module, Optimizer]:
     """What a trial trains on, its model as initialised, and the optimizer."""
-    sizes: dict[str, int | None] = {"width": trial.width, "layers": trial.depth}
+    sizes = trial.sizes()
     task = task_for(trial.spec, sizes, data=trial.data, batch=trial.batch, context=trial.context)
-    if task.is_text:
-        sizes["context"] = trial.context
+    context: dict[str, int | None] = {"context": trial.context} if task.is_text else {}
     torch.manual_seed(trial.seed)
-    model = model_for(trial.spec, sizes, task)
-    narrowest = partial(model_for, trial.spec, sizes | {"width": trial.narrowest or trial.width}, task)
+    model = model_for(trial.spec, sizes | context, task)
+    narrowest = partial(model_for, trial.spec, trial.sizes(trial.narrowest) | context, task)
     setting = Setting(model, partial(_norm, model, trial), narrowest, trial.lr, trial.weight_decay, trial.seed)
     optimizer = RECIPES[trial.recipe].begin(setting)
     torch.manual_seed(trial.seed)  # dropout: the same in all recipes
@@ -190,7 +202,7 @@ _NORMS: dict[tuple[Any, ...], ModularNorm] = {}
 
 
 def _norm(model: nn.Module, trial: Trial) -> ModularNorm:
-    key = (trial.spec, trial.size, trial.context, trial.convention, trial.data)
+    key = (trial.spec, trial.size, trial.context, trial.convention, trial.data, trial.head_size)
     if key not in _NORMS:
         _NORMS[key] = convert(model, *given_inputs(model), convention=trial.convention)
     return _NORMS[key].bind(model)
@@ -257,8 +269,27 @@ def check(plan: Plan) -> None:
     for recipe in plan.recipes:
         if recipe not in RECIPES:
             raise ModnormError(f"There is no optimizer {recipe!r}.", do=f"Use {', '.join(RECIPES)}.")
+    odd = [width for width in plan.widths if plan.head_size and width % plan.head_size]
+    if odd:
+        raise ModnormError(
+            f"Heads of {plan.head_size} features do not split a width of {', '.join(map(str, odd))} evenly.",
+            do="Give widths that are multiples of it, or another --head-size.",
+        )
     for size in (plan.smallest, plan.sizes()[-1]):
-        build(plan.spec, device="meta", width=size.width, layers=size.depth)
+        build(plan.spec, device="meta", **plan.trial(plan.recipes[0], size, 1.0, 0).sizes())
+
+
+def common_head_size(spec: str, widths: Sequence[int], depth: int) -> int | None:
+    """The size of attention heads in the narrowest model, or what of it divides every width.
+
+    None where the model's configuration names no heads, or sizes them apart from its width.
+    """
+    width = min(widths)
+    config = getattr(build(spec, device="meta", width=width, layers=depth), "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1 or getattr(config, "head_dim", None) not in (None, width / heads):
+        return None
+    return math.gcd(width // heads, *widths)
 
 
 def sweep(plan: Plan, path: Path, *, jobs: int, watch: Callable[[Run | None, int, int], object]) -> list[Run]:

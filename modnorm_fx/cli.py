@@ -146,6 +146,8 @@ def _add_sizes(command: argparse.ArgumentParser, steps: int) -> None:
     command.add_argument("spec", metavar="SPEC", help=SPEC)
     command.add_argument("--widths", type=_count, nargs="+", default=[64, 128, 256], metavar="N", help="64 128 256")
     command.add_argument("--depths", type=_count, nargs="+", default=[2, 4, 8], metavar="N", help="2 4 8")
+    size = "features of an attention head (default: as in the narrowest model)"
+    command.add_argument("--head-size", type=_count, metavar="N", help=size)
     command.add_argument("--steps", type=_count, default=steps, metavar="N", help="default: %(default)s")
     command.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
     command.add_argument("--context", type=_count, default=64, metavar="N", help="tokens (default: %(default)s)")

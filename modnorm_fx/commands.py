@@ -262,7 +262,7 @@ def sweep(args: argparse.Namespace) -> int:
     lrs = {name: rates for names, rates in args.lrs for name in (names or args.optimizers)}
     plan = transfer.Plan(
         args.spec, tuple(args.widths), tuple(args.depths), tuple(args.optimizers), lrs, args.steps, args.batch,
-        args.context, args.seeds, args.weight_decay, args.data, args.full, args.convention,
+        args.context, args.seeds, args.weight_decay, args.data, args.full, args.convention, _head_size(args),
     )  # fmt: skip
     with tqdm(total=1, unit="", disable=not sys.stderr.isatty(), bar_format=SWEEP_BAR) as bar:
 
@@ -283,6 +283,11 @@ def sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def _head_size(args: argparse.Namespace) -> int | None:
+    """The one that was asked for, or that of the narrowest model."""
+    return args.head_size or transfer.common_head_size(args.spec, args.widths, min(args.depths))
+
+
 def check_coordinates(args: argparse.Namespace) -> int:
     """Measures outputs of modules and effects of leaves at several sizes, and prints tables of them."""
     from rich.console import Console
@@ -291,7 +296,7 @@ def check_coordinates(args: argparse.Namespace) -> int:
     lr = recipe.lrs[len(recipe.lrs) // 2] if args.lr is None else args.lr
     plan = transfer.Plan(
         args.spec, tuple(args.widths), tuple(args.depths), (args.optimizer,), {}, args.steps, args.batch, args.context,
-        args.seeds, args.weight_decay, args.data, False, args.convention,
+        args.seeds, args.weight_decay, args.data, False, args.convention, _head_size(args),
     )  # fmt: skip
     with Console(stderr=True).status(args.spec) as status:
         coordinates, predictions = coordcheck.measure(plan, lr, lambda size: status.update(f"{args.spec}, {size}"))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tree as T
-from .atoms import Atom, Slice, Tied
+from .atoms import Atom, Conv, Experts, Gain, Gates, Linear, PatchConv, Reshaped, Slice, Tied
 from .conventions import Convention
 from .errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
 from .explain import Conversion
@@ -300,14 +300,18 @@ class ModularNorm:
         """Gives every weight of ``model`` the norm it is declared to have: semi-orthogonal matrices, unit gains, zero
         biases.
 
-        Scalars and unused parameters stay as they are. The model must have the norm's parameters (ModelMismatchError
-        otherwise).
+        Scalars and unused parameters stay as they are, and so do gains and matrices that are zero: their author starts
+        residual branches from nothing (last gains of a ResNet, adaLN-zero, LoRA's B), and deep nets need it (see
+        docs/design-decisions.md). The model must have the norm's parameters (ModelMismatchError otherwise).
         """
-        self._each(
-            _tensors(self.bind(model), model),
-            lambda leaf, part: leaf.atom.initialize_(part, leaf.initial, generator),
-            check=False,
-        )
+
+        def fill(leaf: Leaf, part: Tensor) -> None:
+            atom = leaf.atom.inner if isinstance(leaf.atom, Reshaped) else leaf.atom
+            drawn_anyway = part.is_meta or not isinstance(atom, Gain | Linear | Conv | PatchConv | Experts | Gates)
+            if drawn_anyway or part.any():
+                leaf.atom.initialize_(part, leaf.initial, generator)
+
+        self._each(_tensors(self.bind(model), model), fill, check=False)
 
     @torch.no_grad()
     def project_(self, model: nn.Module, bound: float = 1.0) -> None:

@@ -88,6 +88,24 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all(math.isfinite(run.train_loss) for run in runs)
 
 
+def test_heads_keep_their_size_and_grow_in_number() -> None:
+    plan = Plan("hf:llama", (32, 96), (1,), ("mup",), context=8, head_size=16)
+    for size in plan.sizes():
+        _, model, _ = transfer.begin(plan.trial("mup", size, 0.1, 0))
+        assert model.config.num_attention_heads == size.width / 16 and model.config.head_dim == 16
+    with pytest.raises(ModnormError, match="Heads of 16 features do not split a width of 40 evenly"):
+        transfer.check(Plan("hf:llama", (32, 40), (1,), ("adamw",), head_size=16))
+
+
+def test_the_common_head_size_is_that_of_the_narrowest_model_if_it_divides_all() -> None:
+    size = transfer.common_head_size
+    assert size("hf:gpt2", (768, 1536), 1) == 64  # GPT-2's own
+    assert size("hf:gpt2", (128, 32), 1) == 32  # narrower than one head
+    assert size("hf:gpt2", (48, 72), 1) == 24
+    assert size("hf:qwen3", (64, 128), 1) is None  # its configuration gives the size
+    assert size("zoo:gpt", (64, 128), 1) is None
+
+
 def test_unknown_optimizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModnormError, match="There is no optimizer 'adam'"):
         transfer.sweep(Plan("hf:gpt2", (32,), (1,), ("adam",)), tmp_path / "x", jobs=1, watch=lambda *_: None)
