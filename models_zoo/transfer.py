@@ -44,6 +44,7 @@ __all__ = [
 ]  # fmt: skip
 
 POINTS = 50  # of the loss curve, kept in the file
+SMALLEST_HEAD = 8  # features that a sweep gives an attention head
 MOST_EXTRA = 4  # octaves beyond the grid, at either end
 
 
@@ -282,14 +283,22 @@ def check(plan: Plan) -> None:
 def common_head_size(spec: str, widths: Sequence[int], depth: int) -> int | None:
     """The size of attention heads in the narrowest model, or what of it divides every width.
 
-    None where the model's configuration names no heads, or sizes them apart from its width.
+    None where the model's configuration names no heads, or sizes them apart from its width. Raises ModnormError where
+    only heads of fewer than `SMALLEST_HEAD` features divide every width.
     """
     width = min(widths)
     config = getattr(build(spec, device="meta", width=width, layers=depth), "config", None)
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1 or getattr(config, "head_dim", None) not in (None, width / heads):
         return None
-    return math.gcd(width // heads, *widths)
+    size = math.gcd(width // heads, *widths)
+    if size < min(SMALLEST_HEAD, width // heads):
+        raise ModnormError(
+            f"Widths of {', '.join(map(str, widths))} have no size of attention heads in common.",
+            why=f"heads keep their size across widths, and {size} features are too few for one",
+            do=f"Give widths with a common divisor of {SMALLEST_HEAD} or more.",
+        )
+    return size
 
 
 def sweep(plan: Plan, path: Path, *, jobs: int, watch: Callable[[Run | None, int, int], object]) -> list[Run]:

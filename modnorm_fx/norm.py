@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import weakref
 from collections import defaultdict
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
     from .normalizer import Normalizer
 
 __all__ = ["Leaf", "ModularNorm"]
+
+logger = logging.getLogger("modnorm_fx")
+
+#: what `initialize_` leaves alone where it is zero
+MAY_START_AT_ZERO = (Gain, Linear, Conv, PatchConv, Experts, Gates)
 
 
 @dataclass(frozen=True)
@@ -302,16 +308,34 @@ class ModularNorm:
 
         Scalars and unused parameters stay as they are, and so do gains and matrices that are zero: their author starts
         residual branches from nothing (last gains of a ResNet, adaLN-zero, LoRA's B), and deep nets need it (see
-        docs/design-decisions.md). The model must have the norm's parameters (ModelMismatchError otherwise).
+        docs/design-decisions.md). They are named in a log message. If every matrix is zero, nobody has initialised the
+        model (``to_empty``), and all are drawn. The model must have the norm's parameters (ModelMismatchError
+        otherwise).
         """
+        tensors = _tensors(self.bind(model), model)
+        kept = self._zero_branches(tensors)
+        if kept:
+            logger.info("initialize_ leaves at zero what starts there: %s.", ", ".join(sorted(kept)))
 
         def fill(leaf: Leaf, part: Tensor) -> None:
-            atom = leaf.atom.inner if isinstance(leaf.atom, Reshaped) else leaf.atom
-            drawn_anyway = part.is_meta or not isinstance(atom, Gain | Linear | Conv | PatchConv | Experts | Gates)
-            if drawn_anyway or part.any():
+            if leaf.key not in kept:
                 leaf.atom.initialize_(part, leaf.initial, generator)
 
-        self._each(_tensors(self.bind(model), model), fill, check=False)
+        self._each(tensors, fill, check=False)
+
+    def _zero_branches(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Keys of gains and matrices that are zero; none where every matrix is."""
+        zero, written = set(), False
+        for leaf in self.leaves:
+            atom = leaf.atom.inner if isinstance(leaf.atom, Reshaped) else leaf.atom
+            part = leaf.read(tensors[leaf.weight]) if leaf.weight in tensors else None
+            if part is None or part.is_meta or not isinstance(atom, MAY_START_AT_ZERO):
+                continue
+            if not part.any():
+                zero.add(leaf.key)
+            elif leaf.atom.is_matrix:
+                written = True
+        return zero if written else set()
 
     @torch.no_grad()
     def project_(self, model: nn.Module, bound: float = 1.0) -> None:

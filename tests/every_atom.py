@@ -86,11 +86,13 @@ def pieces(atom: A.Atom, w: Tensor) -> list[float]:
             return [math.sqrt(into / out) * sigma(m) for m in x]
         case A.Conv():
             taps = x.reshape(*x.shape[:2], -1)
+            stride = atom.stride or (1,) * len(x.shape[2:])
+            met = math.prod(len(range(0, k, s)) for k, s in zip(x.shape[2:], stride, strict=True))
             found = []
             for group in np.split(taps, atom.groups):
                 for t in range(taps.shape[2]):
                     tap = group[:, :, t].T if atom.transposed else group[:, :, t]
-                    found.append(taps.shape[2] * math.sqrt(tap.shape[1] / tap.shape[0]) * sigma(tap))
+                    found.append(met * math.sqrt(tap.shape[1] / tap.shape[0]) * sigma(tap))
             return found
         case A.Gates():
             return [math.sqrt(m.shape[1] / m.shape[0]) * sigma(m) for m in np.split(x, atom.gates)]

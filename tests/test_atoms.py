@@ -22,7 +22,7 @@ ATOMS = [
     A.Linear((20, 12), transposed=True),
     A.Conv((9, 12, 2, 1)),
     A.Conv((20, 12, 2), groups=2),
-    A.Conv((20, 12, 2), groups=2, transposed=True),
+    A.Conv((20, 12, 3), groups=2, transposed=True, stride=(2,)),
     A.Conv((4, 6, 3, 3)),
     A.Conv((6, 2, 3), groups=3),
     A.Conv((8, 1, 2, 3), groups=8),

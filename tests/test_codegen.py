@@ -144,7 +144,7 @@ def test_what_is_wrong_with_updates_is_named_and_nothing_changes(
 ATOMS = [
     A.Linear((10, 12)), A.Linear((12, 10), transposed=True), A.Linear((5, 12)),
     A.Conv((12, 10, 3, 2)), A.Conv((12, 10, 3), groups=2), A.Conv((12, 1, 3), groups=12), A.Conv((10, 12, 2), groups=1,
-    transposed=True), A.Conv((20, 12, 3), groups=2, transposed=True), A.PatchConv((12, 3, 2, 2)),
+    transposed=True), A.Conv((20, 12, 3), groups=2, transposed=True, stride=(2,)), A.PatchConv((12, 3, 2, 2)),
     A.Experts((3, 10, 12)), A.Experts((3, 12, 10), transposed=True), A.Gates((40, 12), gates=4),
     A.Embedding((7, 12)), A.Table((1, 5, 12)), A.Table((4, 6, 5), feature_axes=(0, 2)), A.Bias((12,)), A.Bias(()),
     A.GateBias((12,), gates=4), A.Gain((12,)), A.LogitBias((3, 4)), A.Scalar(()), A.Scalar((3, 4)),

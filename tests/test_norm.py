@@ -288,27 +288,6 @@ def test_initialisation_gives_declared_norms(convention):
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
 
 
-def test_initialisation_leaves_branches_that_start_at_zero() -> None:
-    """timm's ResNets start the last gain of a residual branch at zero; a class token at zero is drawn all the same."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.token = nn.Parameter(torch.zeros(1, 8))
-            self.up, self.norm, self.down = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-            nn.init.zeros_(self.norm.weight)
-            nn.init.zeros_(self.down.weight)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.cat([x, self.token])
-            return x + self.norm(self.up(x)) + self.down(x)
-
-    net = Net()
-    mn.convert(net, (torch.randn(4, 8),)).initialize_(net, torch.Generator().manual_seed(0))
-    assert not net.norm.weight.any() and not net.down.weight.any()
-    assert net.token.any() and torch.linalg.matrix_norm(net.up.weight.detach(), 2).item() == pytest.approx(1.0)
-
-
 @both
 def test_initialisation_repeats_with_the_generator(convention):
     _, norm = CASES[convention]

@@ -104,6 +104,8 @@ def test_the_common_head_size_is_that_of_the_narrowest_model_if_it_divides_all()
     assert size("hf:gpt2", (48, 72), 1) == 24
     assert size("hf:qwen3", (64, 128), 1) is None  # its configuration gives the size
     assert size("zoo:gpt", (64, 128), 1) is None
+    with pytest.raises(ModnormError, match="Widths of 65, 66 have no size of attention heads in common"):
+        size("hf:gpt2", (65, 66), 1)
 
 
 def test_unknown_optimizers_are_refused(tmp_path: Path) -> None:
