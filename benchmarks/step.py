@@ -6,10 +6,11 @@ is the time to move AdamW's seven words for each weight at the bandwidth of a co
 one thread unless ``--threads`` says otherwise. ``normalize`` is the normaliser alone, on updates in its buffers: what
 it adds to an optimizer that is not fused with it (AdamW on a CPU is, where its matrices are).
 
-Sides: ``adamw`` torch's fused AdamW; ``modnorm`` ours on AdamW as ``backend="auto"`` runs it; ``modnorm, no C++`` the
-same with torch's own operations; ``modnorm, compile`` and ``modnorm, cudagraph`` the other backends; ``dualize`` the
-steepest step (Polar Express); ``muon`` torch.optim.Muon on the matrices with AdamW on the rest; ``modula`` its
-normalisation of the matrices (one step of power iteration, matrix by matrix), without an optimizer.
+Sides: ``adamw`` torch's fused AdamW; ``modnorm`` ours on AdamW as ``backend="auto"`` runs it; ``modnorm, unchecked``
+the same without a look at all gradients beforehand, as torch's; ``modnorm, no C++`` with torch's own operations;
+``modnorm, compile`` and ``modnorm, cudagraph`` the other backends; ``dualize`` the steepest step (Polar Express);
+``muon`` torch.optim.Muon on the matrices with AdamW on the rest; ``modula`` its normalisation of the matrices (one step
+of power iteration, matrix by matrix), without an optimizer.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def sides(net: str, device: torch.device, wanted: set[str]) -> Iterator[tuple[st
         yield "adamw", torch.optim.AdamW(trained(model_of()[0]), lr=1e-6, fused=True, capturable=cuda).step, None
     if "modnorm" in wanted:
         yield "modnorm", *ours()
+        yield "modnorm, unchecked", *ours(nonfinite="unchecked")
     if "no C++" in wanted and not cuda:
         step, opt = ours()
         yield "modnorm, no C++", without_cpp(step), opt

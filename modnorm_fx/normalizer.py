@@ -78,6 +78,7 @@ class Normalizer:
         self.vectors: list[Tensor | None] = [None] * len(module.SPECTRAL)
         self._fresh: list[Tensor | None] = self.vectors
         self.steps = {key: 0 for line in set(module.SPECTRAL) for key in module.LINES[line].targets}
+        self._grown: set[int] = set()  # power iterations whose leaves are all past `COLD_STEPS`
         self._warm: Callable[..., Any] = module.factors
         if backend == "compile":
             self._warm = torch.compile(module.factors, fullgraph=True, dynamic=False)
@@ -91,7 +92,7 @@ class Normalizer:
 
     def adopt(self, buffers: Sequence[Tensor], steps: dict[str, int]) -> None:
         """Works in these buffers, and counts steps there: those of a normaliser of more parameters."""
-        self.buffers, self.steps = list(buffers), steps
+        self.buffers, self.steps, self._grown = list(buffers), steps, set()
         self._name_updates()
 
     @property
@@ -169,7 +170,9 @@ class Normalizer:
         return self._code.LINES[self._code.SPECTRAL[index]]
 
     def _has_young(self, index: int) -> bool:
-        return any(self.steps[key] < COLD_STEPS for key in self._line(index).targets)
+        if index not in self._grown and all(self.steps[key] >= COLD_STEPS for key in self._line(index).targets):
+            self._grown.add(index)
+        return index not in self._grown
 
     def _is_cold(self, moved: Tensor, keys: list[str]) -> bool:
         return any(m and self.steps[key] < COLD_STEPS for m, key in zip(moved.tolist(), keys, strict=True))
@@ -286,6 +289,7 @@ class Normalizer:
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Continues from a `state`; leaves that it does not name start anew."""
         self.steps = {key: int(state[key]["steps"]) if key in state else 0 for key in self.steps}
+        self._grown = set()
         seen: dict[int, int] = {}
         for index, line in enumerate(self._code.SPECTRAL):
             nth = seen[line] = seen.get(line, -1) + 1

@@ -124,9 +124,10 @@ def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         vectors: `[P, k, C]` with `k <= R`; only their span matters. For k = 1 this is the iteration of `modula`.
 
     `v = W·vectors` and `z = Wᵀv` take one reading of W. With `Y` an orthonormal basis of the span of v (`ritz`), the
-    new vectors are WᵀY and the estimate is their largest singular value, never above W's. Nor is the estimate ever
-    below the longest row of W, itself a lower bound: where that wins, the vectors have lost track, and the row becomes
-    one of them. A zero piece keeps its vectors.
+    new vectors are WᵀY and the estimate is their largest singular value, never above W's (the C++ kernel may round W to
+    bfloat16 first, which moves the norm by 2⁻⁹ at most). Nor is the estimate ever below the longest row of W, itself a
+    lower bound: where that wins, the vectors have lost track, and the row becomes one of them. A zero piece keeps its
+    vectors.
     """
     if vectors.shape[-2] == BLOCK and matrices.stride(-1) == 1 and cpu.takes(matrices, vectors):
         return _power_step(matrices, vectors) if torch.compiler.is_compiling() else _power_step_(matrices, vectors)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from cpu_libraries import ROUNDING
 from fake_norm import Leaf, Norm
 from torch import Tensor, nn
 
@@ -14,8 +15,6 @@ from modnorm_fx.errors import NonFiniteError
 from modnorm_fx.kernels import cpu
 from modnorm_fx.normalizer import COLD_STEPS
 from modnorm_fx.optim import ModularOptimizer
-
-assert cpu.available(), "these tests need a C++ compiler"
 
 LR, DECAY = 0.01, 0.1
 
@@ -123,14 +122,16 @@ def test_steps_are_adamw_scaled_by_exact_norms(calls: list[int]) -> None:
     assert sum(calls) == 14 * 12  # the matrices; packed weights have three
 
 
-def test_it_agrees_with_the_generated_source() -> None:
-    """backend="eager" runs the source, operation by operation."""
+def test_it_agrees_with_the_generated_source(library: str) -> None:
+    """backend="eager" runs the source, operation by operation. Updates that differ in their last bits may be rounded to
+    bfloat16 differently."""
+    tolerance = 2e-4 if library == "single" else ROUNDING
     (net, opt), (other, eager) = setup(), setup(backend="eager")
     for step in range(COLD_STEPS + 6):
         run(net, opt, 1, step)
         run(other, eager, 1, step)
         for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0.0, atol=2e-4 * LR, msg=name)
+            torch.testing.assert_close(p, q, rtol=0.0, atol=tolerance * LR, msg=name)
 
 
 def test_the_number_of_threads_does_not_matter(calls: list[int]) -> None:

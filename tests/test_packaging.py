@@ -46,7 +46,8 @@ def expected_files() -> set[str]:
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*.py")
     }
-    return files | {"modnorm_fx/py.typed", "modnorm_fx/kernels/cpu.cpp", "modnorm_fx/models_zoo/timm_families.txt"}
+    kernels = {"modnorm_fx/kernels/cpu.cpp", "modnorm_fx/kernels/power.hpp"}
+    return files | kernels | {"modnorm_fx/py.typed", "modnorm_fx/models_zoo/timm_families.txt"}
 
 
 def test_the_wheel_holds_every_file_in_its_mapped_place(built: Path) -> None:
@@ -66,6 +67,7 @@ def test_the_sdist_can_be_built_from(built: Path) -> None:
         "passes/__init__.py",
         "models_zoo/__init__.py",
         "modnorm_fx/kernels/cpu.cpp",
+        "modnorm_fx/kernels/power.hpp",
     } <= names
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cpu_libraries import ROUNDING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,13 +60,14 @@ def test_zero_and_nonfinite_pieces_are_told_apart():
 
 @pytest.mark.parametrize("shape", [(8, 64, 64), (8, 9, 9), (4, 300, 10), (4, 10, 300), (2, 256, 256)])
 @pytest.mark.parametrize("kind", ["gauss", "low rank", "decaying"])
-def test_cold_start_converges_from_below(shape, kind):
+def test_cold_start_converges_from_below(shape, kind, library):
+    highest = 1e-5 if library == "single" else ROUNDING
     m = matrices(shape, kind)
     vectors = runtime.start_vectors(m)
     assert vectors.dtype == torch.float32 and vectors.shape == (shape[0], 8, shape[2])
     estimate, after = runtime.power_iteration(m, vectors)
     quality = estimate / torch.linalg.svdvals(m)[:, 0]
-    assert quality.min() > 0.98 and quality.max() < 1 + 1e-5
+    assert quality.min() > 0.98 and quality.max() < 1 + highest
     assert torch.equal(vectors, runtime.start_vectors(m))
     assert after.shape == vectors.shape and after.dtype == torch.float32
 

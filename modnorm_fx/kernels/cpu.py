@@ -1,4 +1,4 @@
-"""The C++ kernels of `cpu.cpp` for float32 tensors on the CPU: compiled on first use, kept in the user's cache folder.
+"""C++ kernels (`cpu.cpp`, `power.hpp`) for float32 tensors on the CPU: compiled on first use, kept in a cache folder.
 
 A compiler (`$CXX`, `g++`, `clang++` or `c++`) is optional. Without one, or with `MODNORM_FX_CPP=0` in the environment,
 `library()` is None, a log line says why, and torch does the same arithmetic in more passes over memory.
@@ -38,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger("modnorm_fx")
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "power.hpp"))  # what is compiled; its includes
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno")
 #: tried in this order: compilers without OpenMP (Apple's) give one thread, some know no vector width
 TRIES = ((*FLAGS, "-fopenmp"), FLAGS, ("-O3", "-march=native"), ("-O3",))
@@ -52,22 +52,31 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("MODNORM_FX_CPP", "1") == "0":
         logger.info("C++ kernels are switched off by MODNORM_FX_CPP=0.")
         return None
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         logger.warning("No C++ compiler was found: updates are normalised by torch, which takes about twice as long.")
         return None
     try:
-        built = _built(compiler)
-        found = ctypes.CDLL(str(built)) if built else None
+        found = _loaded(_built(compiler))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         logger.warning("The C++ kernels could not be used (%s): torch normalises updates instead.", error)
         return None
-    if found is not None:
-        found.largest_entry.restype = ctypes.c_float
     if found is not None and not _is_right(found):
         logger.warning("%s compiles the C++ kernels to wrong code: torch normalises updates instead.", compiler)
         return None
+    return found
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _loaded(path: Path | None) -> ctypes.CDLL | None:
+    if path is None:
+        return None
+    found = ctypes.CDLL(str(path))
+    found.largest_entry.restype = ctypes.c_float
     return found
 
 
@@ -100,10 +109,14 @@ def _steps_right(compiled: ctypes.CDLL, wave: Tensor, start: Tensor) -> bool:
     return all(torch.allclose(found, expected, rtol=1e-3, atol=1e-4) for found, expected in pairs)
 
 
-def _built(compiler: str) -> Path | None:
-    """The shared library for this source, compiler and processor; compiled if it is not in the cache."""
+def _built(compiler: str, *defined: str) -> Path | None:
+    """The shared library for this source, compiler and processor; compiled if it is not in the cache.
+
+    `-DSINGLE` among the flags `defined`: products in float32, also where the processor multiplies bfloat16 faster.
+    """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
-    text = "\0".join([SOURCE.read_text(encoding="utf-8"), repr(TRIES), version, _processor()])
+    sources = [path.read_text(encoding="utf-8") for path in SOURCES]
+    text = "\0".join([*sources, repr(TRIES), *defined, version, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modnorm_fx"
     path = folder / f"cpu-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if path.exists():
@@ -112,7 +125,7 @@ def _built(compiler: str) -> Path | None:
     with tempfile.TemporaryDirectory(dir=folder) as work:  # another process may build the same: the last to end wins
         output = Path(work) / path.name
         for flags in TRIES:
-            command = [compiler, *flags, "-std=c++17", "-shared", "-fPIC", str(SOURCE), "-o", str(output)]
+            command = [compiler, *flags, *defined, "-std=c++17", "-shared", "-fPIC", str(SOURCES[0]), "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
             if done.returncode == 0:
                 os.replace(output, path)
@@ -148,12 +161,6 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-def _pieces(matrices: Tensor) -> ctypes.Array[ctypes.c_void_p]:
-    """Addresses of the matrices of `[P, rows, c]`."""
-    first, step = matrices.data_ptr(), matrices.stride(0) * matrices.element_size()
-    return (ctypes.c_void_p * len(matrices))(*[first + i * step for i in range(len(matrices))])
-
-
 _long, _float = ctypes.c_int64, ctypes.c_float
 
 
@@ -169,12 +176,13 @@ def power_step(matrices: Tensor, vectors: Tensor, dither: Tensor, amount: float)
 def _power_step(
     compiled: ctypes.CDLL, matrices: Tensor, vectors: Tensor, dither: Tensor, amount: float
 ) -> tuple[Tensor, Tensor]:
-    fresh = vectors.clone(memory_format=torch.contiguous_format)
+    vectors = vectors.contiguous()
+    fresh = torch.empty_like(vectors)
     estimates = torch.empty(len(matrices), device="cpu")
     pieces, rows, c = matrices.shape
     compiled.power_step(
-        _pieces(matrices), _long(pieces), _long(matrices.stride(1)), _long(rows), _long(c), _at(fresh), _at(dither),
-        ctypes.c_double(amount), _at(estimates), torch.get_num_threads(),
+        _at(matrices), _long(pieces), _long(matrices.stride(0)), _long(matrices.stride(1)), _long(rows), _long(c),
+        _at(vectors), _at(fresh), _at(dither), ctypes.c_double(amount), _at(estimates), torch.get_num_threads(),
     )  # fmt: skip
     return estimates, fresh
 
