@@ -78,7 +78,7 @@ class Floats {
 //   add     for some rows w, at most ROWS: v[r] = w[r]·u for all K vectors, z += Σ_r v[r] w[r], squares[r] = |w[r]|²;
 //   gram    Σ_r v[r] v[r]ᵀ.
 // `beside` is other work, W entries of it for each 16 of w: it waits for memory or the divider while this multiplies.
-// (Passed by value: what it holds can stay in registers.) z [K][ld] has a row of zeros or more behind c.
+// (Passed by value: what it holds can stay in registers.) z [K][ld] and `squares` end in zeros up to a whole register.
 
 #if defined(__AVX512BF16__) && !defined(SINGLE)
 
@@ -260,6 +260,7 @@ struct Products {
     v = ut + K * ld;
     squares = v + K * whole(rows, 16);
     std::memset(z, 0, sizeof(float) * K * ld);
+    std::fill(squares + rows, squares + whole(rows, 16), 0.0f);
     for (int64_t i = 0; i < c; ++i)
       for (int k = 0; k < K; ++k) ut[K * i + k] = u[k * c + i];
   }
@@ -478,14 +479,21 @@ struct Iteration {
   float finish(const float* w, int64_t gap, int64_t step, int64_t rows, int64_t c, const float* u, float* fresh,
                const float* dither, float scale) {
     Gram gram;
-    float *z = products.z, *squares = products.squares, found = ritz(rows, gram), sum = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += squares[r];
-    if (std::isnan(found) || !std::isfinite(sum)) found = NAN;
-    const int64_t longest = std::max_element(squares, squares + rows) - squares;
-    const float row = std::sqrt(squares[longest]);
+    float *z = products.z, *squares = products.squares, found = ritz(rows, gram);
+    wide most = wide{}, sum = wide{};
+    for (int64_t r = 0; r < rows; r += W) {
+      const wide x = read(squares + r);
+      sum += x;
+      most = most > x ? most : x;
+    }
+    if (std::isnan(found) || !std::isfinite(total(sum))) found = NAN;
+    float longest = 0;
+    for (int i = 0; i < W; ++i) longest = std::max(longest, most[i]);
+    const float row = std::sqrt(longest);
     const bool lost = row > found;
     if (lost) {  // the vectors have lost track: the row is one of them
-      for (int64_t i = 0; i < c; ++i) z[i] = w[longest * gap + i * step];
+      const int64_t r = std::find(squares, squares + rows, longest) - squares;
+      for (int64_t i = 0; i < c; ++i) z[i] = w[r * gap + i * step];
       found = row;
     }
     if (!(found > TINY)) {
