@@ -67,8 +67,8 @@ class ModularOptimizer(Optimizer):
     gradient in a step are left alone, including their decay.
 
     Raises:
-        OptimizerError: the arguments are invalid, the base holds parameters that the norm does not know, a gradient is
-            sparse, or a parameter that the norm lists as unused has a gradient.
+        OptimizerError: the arguments are invalid, the base holds parameters that the norm does not know or that are
+            sharded (DTensor), a gradient is sparse, or a parameter that the norm lists as unused has a gradient.
         ModelMismatchError: a parameter has another shape than the norm was inferred for.
         NonFiniteError: see `nonfinite`.
     """
@@ -369,6 +369,12 @@ class ModularOptimizer(Optimizer):
         """The norm knows these (group index, parameter) by name and shape; remembers the names."""
         unknown = []
         for index, p in params:
+            if hasattr(p, "to_local"):  # a DTensor
+                raise OptimizerError(
+                    f"A parameter of shape {list(p.shape)} in group {index} is sharded (it is a {type(p).__name__}).",
+                    why="the norm of a shard is not that of the weight, and other processes are not asked for theirs",
+                    do="train with DistributedDataParallel, which keeps weights whole, or use the base optimizer alone",
+                )
             name = self._names.get(p) or self.norm.parameter_name(p)
             if name is None:
                 unknown.append(f"shape {list(p.shape)} in group {index}")

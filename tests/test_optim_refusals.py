@@ -150,3 +150,16 @@ def test_bad_bases_are_refused():
             ModularOptimizer(base, opt.norm)
     with pytest.raises(OptimizerError, match="differentiable"):
         ModularOptimizer(torch.optim.Adam(model.parameters(), differentiable=True), opt.norm)
+
+
+def test_sharded_parameters_are_refused(tmp_path):
+    model = nn.Linear(3, 2, bias=False)
+    norm = Norm(model, [Leaf("weight", "weight", A.Linear((2, 3)), 1.0)])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        torch.distributed.fsdp.fully_shard(model)
+        base = torch.optim.AdamW(model.parameters())
+        with pytest.raises(OptimizerError, match=r"shape \[2, 3\] in group 0 is sharded \(it is a DTensor\)"):
+            ModularOptimizer(base, norm)
+    finally:
+        torch.distributed.destroy_process_group()
