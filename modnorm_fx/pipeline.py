@@ -165,7 +165,7 @@ def convert(
     weights = tuple(w for w in weights if any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses))))
     places = run("find_stacks", find_stacks, module.graph, weights, captured.modules)
     named = {k: v for k, v in (masses or {}).items() if k in TOTALS or k == "vectors"}
-    shares = run("assign_mass", assign_mass, weights, places, named)
+    shares = run("assign_mass", assign_mass, weights, places, named, chosen.quadrature)
     stages["mass"] = lambda: explain.mass(weights, places, shares)
     tree = run("fold_tree", fold_tree, module, flow, weights, scales, sensitivities, shares)
     stages["timing"] = lambda: explain.timing(seconds)

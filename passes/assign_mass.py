@@ -9,14 +9,20 @@ only then does deepening one of them leave the budget of the others, and the rat
 A fusion of two layers beside a tower of 24 thus takes as much as the tower, and more per block; where that is unwanted,
 ``tare`` gives a stack another mass.
 
+Biases of the same role in a stack (``blocks.#.mlp.fc2.bias``) move alike: those that are added to one residual stream
+all have the gradient of that stream. Where shares add in quadrature, n of them would move the output √n times as far as
+their mass says, so each is given an n-th of a vector's share: together they then do what one alone would.
+
 Assumes places. Promises finite, non-negative masses, not all zero.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
+from modnorm_fx.atoms import Bias
 from modnorm_fx.errors import MassError
 
 from .find_stacks import Place
@@ -31,13 +37,17 @@ TOTALS = {"stem": 1.0, "stacks": 1.0, "head": 1.0}
 
 
 def assign_mass(
-    weights: Sequence[Weight], places: Mapping[str, tuple[Place, ...]], masses: Mapping[str, float] | None = None
+    weights: Sequence[Weight],
+    places: Mapping[str, tuple[Place, ...]],
+    masses: Mapping[str, float] | None = None,
+    quadrature: bool = True,
 ) -> dict[str, float]:
     """Mass of every weight by key.
 
     Args:
         masses: overrides: ``stem``, ``stacks``, ``head`` (totals), ``vectors`` (share of a vector relative to a
-        matrix).
+            matrix).
+        quadrature: whether shares of a unit update add as squares.
 
     Raises:
         MassError: a mass is negative or not finite, or all are zero.
@@ -53,6 +63,10 @@ def assign_mass(
     vectors = given.get("vectors", VECTOR_SHARE)
     totals = TOTALS | {k: v for k, v in given.items() if k in TOTALS}
     share = {w.key: 1.0 if any(atom.is_matrix for _, _, atom in w.uses) else vectors for w in weights}
+    if quadrature:
+        roles = {w.key: _role(w, places[w.key][0]) for w in weights if all(isinstance(a, Bias) for _, _, a in w.uses)}
+        alike = Counter(roles.values())
+        share |= {key: vectors / alike[role] for key, role in roles.items()}
     groups: dict[Place, list[str]] = defaultdict(list)
     for w in weights:
         for place in places[w.key]:
@@ -73,3 +87,11 @@ def assign_mass(
     if not any(out.values()):
         raise MassError("All masses are zero.", why="then no weight may move", do="Give some part a positive mass.")
     return out
+
+
+def _role(weight: Weight, place: Place) -> tuple[str, ...]:
+    """What the biases that move alike have in common: stack, path without numbers, and shape (a stage's width)."""
+    if place.region != "stacks":
+        return (weight.key,)
+    path = re.sub(r"(?<=\.)\d+(?=\.)", "#", weight.key.removeprefix(place.block))
+    return place.stack, path, str(weight.shape)

@@ -3,12 +3,14 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from modnorm_fx.passes.assign_mass import TOTALS, VECTOR_SHARE, assign_mass
 from modnorm_fx.passes.find_stacks import Place
 from modnorm_fx.passes.type_atoms import Weight
 
+from modnorm_fx import convert
 from modnorm_fx.atoms import Bias, Embedding, Linear
 from modnorm_fx.errors import MassError
 
@@ -50,7 +52,9 @@ def test_totals(depths, given_masses, per_block):
             assert block == pytest.approx(wanted["stacks"] / len(depths) / depth)
     vectors = given_masses.get("vectors", VECTOR_SHARE)
     assert masses["head.bias"] == pytest.approx(vectors * masses["head"])
-    assert masses["s0.0.0"] == pytest.approx(masses[f"s0.0.{per_block}"] / vectors)
+    assert masses["s0.0.0"] == pytest.approx(masses[f"s0.0.{per_block}"] / vectors * depths[0])
+    linear = assign_mass(weights, places, given_masses, quadrature=False)
+    assert linear["s0.0.0"] == pytest.approx(linear[f"s0.0.{per_block}"] / vectors)
 
 
 def test_a_net_without_stacks_gives_every_matrix_one():
@@ -88,3 +92,59 @@ def test_all_zero_is_refused():
 def test_some_zero_is_fine():
     masses = assign_mass(*net([2]), {"stem": 0, "vectors": 0})
     assert masses["stem"] == 0 and masses["head.bias"] == 0 and masses["head"] == 1
+
+
+def test_biases_are_alike_by_role_stack_and_shape():
+    """Of a convolutional net, whose stages are blocks: counted by hand."""
+    counts = {
+        "layer1.0.bn1.bias": 3, "layer1.1.bn1.bias": 3, "layer1.2.bn1.bias": 3, "layer1.0.bn2.bias": 1,
+        "layer2.0.bn1.bias": 1, "layer2.0.bn2.bias": 2, "layer2.1.bn2.bias": 2, "tower.0.bn1.bias": 1, "bn1.bias": 1,
+    }  # fmt: skip
+    weights, places = [], {}
+    for key in counts:
+        stack, block = ("", "") if key == "bn1.bias" else (key[:5], key[: key.index(".")])
+        weights.append(weight(key, Bias((8,) if "layer2" in key else (4,))))
+        places[key] = (Place("stacks" if stack else "stem", stack, block),)
+    for block in ("layer1", "layer2", "tower"):
+        weights.append(weight(f"{block}.conv", MATRIX))
+        places[f"{block}.conv"] = (Place("stacks", block[:5], block),)
+    masses = assign_mass(weights, places)
+    for key, n in counts.items():
+        if key != "bn1.bias":
+            block = key[: key.index(".")]
+            assert masses[key] == pytest.approx(VECTOR_SHARE / n * masses[f"{block}.conv"]), key
+    assert masses["bn1.bias"] == pytest.approx(VECTOR_SHARE)
+
+
+class Branch(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8, elementwise_affine=False)
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+
+
+def test_biases_of_one_residual_stream_move_it_alike_at_every_depth():
+    """Updates that all point one way, through the real network; its output has scale √(1 + depth).
+
+    Not quite alike: an early bias has a smaller target for what later branches make of it, and here they make nothing.
+    In quadrature alone the ratio would be 4 times as large.
+    """
+    moved = []
+    for depth in (2, 8, 32):
+        net = torch.nn.Sequential(*(Branch() for _ in range(depth)))
+        x = torch.randn(4, 8)
+        norm = convert(net, (x,))
+        updates = {name: torch.ones(8) for name, p in net.named_parameters() if p.dim() == 1}
+        norm.normalize_(updates, 1.0)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.zero_()
+            before = net(x)
+            for name, update in updates.items():
+                net.get_parameter(name).copy_(update)
+            change = (net(x) - before).pow(2).mean().sqrt()
+        moved.append(change.item() / math.sqrt(1 + depth))
+    assert max(moved) / min(moved) < 1.3
