@@ -302,7 +302,8 @@ def common_head_size(spec: str, widths: Sequence[int], depth: int) -> int | None
 
 
 def sweep(plan: Plan, path: Path, *, jobs: int, watch: Callable[[Run | None, int, int], object]) -> list[Run]:
-    """Runs what is missing of `plan`, `jobs` at a time, and appends every run to `path`; returns the plan's runs.
+    """Runs what is missing of `plan`, `jobs` at a time, and appends every run to `path`; returns the plan's runs, in
+    the order of its recipes.
 
     Args:
         plan: what to run. path: file of JSON lines. jobs: processes, one thread each.
@@ -361,7 +362,7 @@ def sweep(plan: Plan, path: Path, *, jobs: int, watch: Callable[[Run | None, int
         finally:
             pool.shutdown(cancel_futures=True)
     wanted = {t for r in plan.recipes for s in ours for t in plan.trials(r, s, mean_losses(runs.values(), r, s))}
-    return [one for trial, one in runs.items() if trial in wanted]
+    return [one for recipe in plan.recipes for trial, one in runs.items() if trial in wanted and trial.recipe == recipe]
 
 
 def _work(trial: Trial) -> int:

@@ -88,6 +88,16 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all(math.isfinite(run.train_loss) for run in runs)
 
 
+def test_the_report_has_the_recipes_in_the_order_they_were_asked_for(tmp_path: Path) -> None:
+    grid = (0.001, 0.002, 0.004)
+    plan = Plan("hf:gpt2", (32,), (1,), ("mup", "adamw"), {"adamw": grid, "mup": grid}, 2, 2, 8, seeds=1)
+    path = tmp_path / "runs.jsonl"
+    old = [ran(t, math.log2(0.002)) for recipe in ("adamw", "mup") for t in plan.trials(recipe, Size(32, 1), grid)]
+    path.write_text("".join(run.line() + "\n" for run in old))
+    runs = transfer.sweep(plan, path, jobs=1, watch=lambda *_: None)
+    assert runs == old[3:] + old[:3]
+
+
 def test_heads_keep_their_size_and_grow_in_number() -> None:
     plan = Plan("hf:llama", (32, 96), (1,), ("mup",), context=8, head_size=16)
     for size in plan.sizes():
