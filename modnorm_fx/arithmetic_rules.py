@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import weight_atoms as atom_of
-from .quadrature import joint_moments
+from .quadrature import Sign, joint_moments
 from .rules import Call, Local, RuleTable
 
 __all__ = ["ARITHMETIC"]
@@ -86,9 +86,20 @@ def absolute(call: Call) -> Local:
 
 
 @ARITHMETIC.rule(aten.mean.dim, aten.mean.default, status="declared",
-           source="an average of parts that move alike: 1 (arXiv 2405.14813, bonds Mean and AvgPool)")  # fmt: skip
+           source="an average of parts that move alike: 1 (arXiv 2405.14813, bonds Mean and AvgPool); features move "
+           "each its own way, and n of any sign average to 1/√n")  # fmt: skip
 def mean(call: Call) -> Local:
-    return Local(call.scale("self"), {"self": 1.0})
+    root = 1 / math.sqrt(_features_averaged(call)) if call.convention.tracks_scales else 1.0
+    return Local(root * call.scale("self"), {"self": root})
+
+
+def _features_averaged(call: Call) -> int:
+    """Features of any sign per feature of an average; 1 where all that there is is averaged, as in a loss."""
+    dims, shape = call["dim"], call.shape("self")
+    if not dims or not call.shape() or call.sign("self") in (Sign.POSITIVE, Sign.NEGATIVE):
+        return 1
+    own = call.features.get(call["self"], frozenset())
+    return math.prod(shape[a] for a in {int(d) % len(shape) for d in dims} & own)
 
 
 @ARITHMETIC.rule(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default,
@@ -119,6 +130,13 @@ def shares(call: Call) -> Local:
     shape = call.shape("input")
     total = math.prod(shape[a] for a in call["region"].facts["axes"]) * math.sqrt(2 / math.pi)
     return Local(1 / total, {"input": 1 / (total * call.scale("input"))})
+
+
+@ARITHMETIC.rule("straight_through", status="declared",
+           source="has the value of q, which follows x as a quantiser does: a relative change passes as it is")  # fmt: skip
+def straight_through(call: Call) -> Local:
+    x, q = call.scale("input"), call.scale("value")
+    return Local(q, {"input": q / x, "value": 1.0})
 
 
 @ARITHMETIC.rule(aten.addcmul.default, aten.addcdiv.default, status="typical",

@@ -36,9 +36,11 @@ from .passes.propagate_scales import propagate_scales
 from .passes.propagate_sensitivity import Sensitivities, propagate_sensitivity
 from .passes.recognize_attention import recognize_attention
 from .passes.recognize_averages import recognize_averages
+from .passes.recognize_dots import recognize_dots
 from .passes.recognize_norms import recognize_norms
 from .passes.recognize_rotary import recognize_rotary
 from .passes.recognize_shares import recognize_shares
+from .passes.recognize_straight_through import recognize_straight_through
 from .passes.split_packed import split_packed
 from .passes.type_atoms import type_atoms
 from .passes.unfold_cells import unfold_cells
@@ -123,11 +125,14 @@ def convert(
     found["computed"] = run("computed_weights", computed_weights, module, inputs, held, rules=rules, convention=chosen)
     found["norms"] = run("recognize_norms", recognize_norms, module)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
+    found["straight_through"] = run("recognize_straight_through", recognize_straight_through, module, flow)
     found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["attention"] = run("recognize_attention", recognize_attention, module, flow)
     found["averages"] = run("recognize_averages", recognize_averages, module, flow)
     found["shares"] = run("recognize_shares", recognize_shares, module, flow)
+    found["dots"] = run("recognize_dots", recognize_dots, module, flow, rules=rules)
+    flow = run("flow", classify_flow, module, inputs, rules=rules)
     products_only = not chosen.tracks_scales
     found["pointwise"] = run("fuse_pointwise", fuse_pointwise, module, flow, rules=rules, products_only=products_only)
     flow = run("flow", classify_flow, module, inputs, rules=rules)

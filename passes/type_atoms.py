@@ -29,7 +29,7 @@ TO_SOFTMAX = CASTS | {
     aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.masked_fill.Scalar, aten.where.self,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.view.default, aten._unsafe_view.default, aten.expand.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.slice.Tensor,
-    aten.tanh.default, aten.constant_pad_nd.default, aten.embedding.default,
+    aten.tanh.default, aten.constant_pad_nd.default, aten.pad.default, aten.embedding.default,
 }  # fmt: skip
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 

@@ -123,7 +123,7 @@ class Example:
         args, kwargs: the call.
         check: what to hold the numbers to; by default the row's status. See test_aten_rules.
         scale: whether the output's scale is checked as well.
-        features: feature axes of the output.
+        features: feature axes of the output. of_first: those of the first operand, where the rule asks for them.
         averages: arguments (by position) whose rows sum to 1.
         run: the op to measure, where the row's own has no CPU kernel.
     """
@@ -133,6 +133,7 @@ class Example:
     check: str = ""
     scale: bool = True
     features: frozenset[int] = frozenset({-1})
+    of_first: frozenset[int] = frozenset()
     averages: tuple[int | tuple[int, int], ...] = ()
     run: Callable[..., Any] | None = None
 
@@ -176,6 +177,8 @@ def build(op: Any, example: Example, convention: Convention = TRACKED) -> tuple[
     key, named = arguments(call, nn.Module())
     weights = frozenset(o for o, n in operands(named) if isinstance(specs.get(n), W))
     features = {call: frozenset(a % rank for a in example.features if rank)}
+    if example.of_first:
+        features[args[0]] = frozenset(a % args[0].meta["val"].dim() for a in example.of_first)
     averages = frozenset(args[i[0]][i[1]] if isinstance(i, tuple) else args[i] for i in example.averages)
     constants = {n for _, n in operands(named) if n not in specs and n.meta["val"].is_floating_point()}
     measured = {n: float(n.meta["val"].square().mean().sqrt()) if convention.tracks_scales else 1.0 for n in constants}

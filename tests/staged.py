@@ -15,9 +15,11 @@ from modnorm_fx.passes.fuse_pointwise import fuse_pointwise
 from modnorm_fx.passes.measure_constants import made_of_numbers
 from modnorm_fx.passes.recognize_attention import recognize_attention
 from modnorm_fx.passes.recognize_averages import recognize_averages
+from modnorm_fx.passes.recognize_dots import recognize_dots
 from modnorm_fx.passes.recognize_norms import recognize_norms
 from modnorm_fx.passes.recognize_rotary import recognize_rotary
 from modnorm_fx.passes.recognize_shares import recognize_shares
+from modnorm_fx.passes.recognize_straight_through import recognize_straight_through
 from modnorm_fx.passes.split_packed import split_packed
 from modnorm_fx.passes.type_atoms import Weight, type_atoms
 from torch import Tensor, fx, nn
@@ -31,7 +33,10 @@ from modnorm_fx.rules import RuleTable
 torch.set_num_threads(1)
 
 #: the rewriting passes, in the pipeline's order
-REWRITES = ("computed", "norms", "rotary", "attention", "averages", "shares", "pointwise", "packed", "joined")
+REWRITES = (
+    "computed", "norms", "straight_through", "rotary", "attention", "averages", "shares", "dots", "pointwise", "packed",
+    "joined",
+)  # fmt: skip
 
 
 class Fn(nn.Module):
@@ -93,10 +98,12 @@ class Staged:
                 convention=TRACKED,
             ),
             "norms": lambda: recognize_norms(self.module),
+            "straight_through": lambda: recognize_straight_through(self.module, self.flow()),
             "rotary": lambda: recognize_rotary(self.module, self.flow()),
             "attention": lambda: recognize_attention(self.module, self.flow()),
             "averages": lambda: recognize_averages(self.module, self.flow()),
             "shares": lambda: recognize_shares(self.module, self.flow()),
+            "dots": lambda: recognize_dots(self.module, self.flow(), rules=self.rules),
             "pointwise": lambda: fuse_pointwise(self.module, self.flow(), rules=self.rules),
             "packed": lambda: split_packed(self.module, self.flow(), rules=self.rules),
             "joined": lambda: parts_of_joined(self.module, rules=self.rules),
