@@ -23,25 +23,36 @@ SCALAR_CHAIN = "chain rule; theory: scalar c·a has sensitivity |c|"
            source="independent terms; each operand passes as it is",
            weights={"self": atom_of.added, "other": atom_of.added})  # fmt: skip
 def add(call: Call) -> Local:
-    alpha = 1.0 if call["alpha"] is None else abs(float(call["alpha"]))
+    alpha = 1.0 if call["alpha"] is None else float(call["alpha"])
+    if call.is_tensor("self") and not call.is_tensor("other"):  # a number
+        shift = alpha * float(call["other"])
+        return Local(_shifted(call, 1.0, -shift if call.node.target is aten.sub.Tensor else shift), {"self": 1.0})
+    alpha = abs(alpha)
     return Local(call.convention.add((call.scale("self"), alpha * call.scale("other"))), {"self": 1.0, "other": alpha})
 
 
-@ARITHMETIC.rule(
-    aten.add.Scalar,
-    aten.sub.Scalar,
-    status="typical",
-    source="a shift of a zero-mean term; the operand passes as it is",
-)
+SHIFT = "a shift of a zero-mean term, or of one of known sign, |z|, whose mean is √(2/π)·s; the operand passes as it is"
+
+
+def _shifted(call: Call, factor: float, shift: float) -> float:
+    """Size of ``shift + factor·x``: the remainder of a gate, 1 - g, is no larger than 1."""
+    s, add, sign = call.scale("self"), call.convention.add, call.sign("self")
+    if not call.convention.tracks_scales or sign not in (Sign.POSITIVE, Sign.NEGATIVE):
+        return add((abs(factor) * s, abs(shift)))
+    mean = math.sqrt(2 / math.pi) * factor * s * (1 if sign is Sign.POSITIVE else -1)
+    return math.sqrt((mean + shift) ** 2 + (1 - 2 / math.pi) * (factor * s) ** 2)
+
+
+@ARITHMETIC.rule(aten.add.Scalar, aten.sub.Scalar, status="typical", source=SHIFT)
 def add_scalar(call: Call) -> Local:
-    shift = abs(float(call["alpha"]) * float(call["other"]))
-    return Local(call.convention.add((call.scale("self"), shift)), {"self": 1.0})
+    sign = -1.0 if call.node.target is aten.sub.Scalar else 1.0
+    return Local(_shifted(call, 1.0, sign * float(call["alpha"]) * float(call["other"])), {"self": 1.0})
 
 
-@ARITHMETIC.rule(aten.rsub.Scalar, status="typical", source="other - alpha·self: a shift of a zero-mean term")
+@ARITHMETIC.rule(aten.rsub.Scalar, status="typical", source="other - alpha·self: " + SHIFT)
 def rsub_scalar(call: Call) -> Local:
-    alpha = abs(float(call["alpha"]))
-    return Local(call.convention.add((alpha * call.scale("self"), abs(float(call["other"])))), {"self": alpha})
+    alpha = float(call["alpha"])
+    return Local(_shifted(call, -alpha, float(call["other"])), {"self": abs(alpha)})
 
 
 @ARITHMETIC.rule(aten.mul.Tensor, status="typical", source="product rule; independent factors: s = s_a s_b",
@@ -133,7 +144,7 @@ def shares(call: Call) -> Local:
 
 
 @ARITHMETIC.rule("straight_through", status="declared",
-           source="has the value of q, which follows x as a quantiser does: a relative change passes as it is")  # fmt: skip
+           source="has the value of q, which follows x as a quantiser does: a relative change passes")  # fmt: skip
 def straight_through(call: Call) -> Local:
     x, q = call.scale("input"), call.scale("value")
     return Local(q, {"input": q / x, "value": 1.0})
@@ -159,6 +170,14 @@ def interpolate(call: Call) -> Local:
     a, b, w, add = call.scale("self"), call.scale("end"), call.scale("weight"), call.convention.add
     rest = add((1.0, w)) if call.is_tensor("weight") else abs(1 - float(call["weight"]))
     return Local(add((rest * a, w * b)), {"self": rest, "end": w, "weight": add((a, b))})
+
+
+@ARITHMETIC.rule("interpolation", status="typical", weights={"part": atom_of.multiplied},
+           source="(1 - a)·x + a·y, product rule; a gate or a learned number in (0, 1) counts as 1/2")  # fmt: skip
+def interpolation(call: Call) -> Local:
+    x, y, add = call.scale("input"), call.scale("other"), call.convention.add
+    a = 0.5 if call.is_tensor("part") else float(call["region"].facts["part"])
+    return Local(add((abs(1 - a) * x, abs(a) * y)), {"input": abs(1 - a), "other": abs(a), "part": add((x, y))})
 
 
 @ARITHMETIC.rule(aten.div.Tensor_mode, aten.floor_divide.default, status="declared",

@@ -36,10 +36,8 @@ def matmul(call: Call) -> Local:
     if call.is_weight("self") or call.is_weight(right):
         return Local(a * b, {"self": b, right: a})
     share = _attention_share(call)
-    if call.is_average("self"):
-        return Local(b, {"self": share * b, right: share})
-    if call.is_average(right):
-        return Local(a, {"self": share, right: share * a})
+    if call.is_average("self") or call.is_average(right):
+        return Local(a * b, {"self": share * b, right: share * a})
     root = math.sqrt(call.shape("self")[-1]) if call.convention.tracks_scales else float(call.shape("self")[-1])
     return Local(root * a * b, {"self": root * b, right: root * a})
 

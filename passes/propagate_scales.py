@@ -24,7 +24,7 @@ from modnorm_fx.capture import where
 from modnorm_fx.conventions import Convention
 from modnorm_fx.errors import UnknownOpError
 from modnorm_fx.quadrature import Sign
-from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, operands
+from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, operands, shape_of
 
 from .bind_weights import IDENTITY, Affine
 from .canonicalize import CASTS, aten
@@ -171,7 +171,9 @@ def propagate_scales(
 
 def _keeps_averages(key: Any, call: Call, signals: Sequence[fx.Node], rules: RuleTable) -> bool:
     """Whether the rows of the output are averages: all signals that the op reads are, and it only moves or mixes
-    them."""
+    them; or it multiplies them by values of their own (``(softmax(dt) * b) @ x`` averages b·x)."""
+    if key is aten.mul.Tensor and len(signals) == 2 and len({shape_of(n) for n in signals}) == 1:
+        return sum(n in call.averages for n in signals) == 1
     row = rules.get(key)
     kept = key in AVERAGE_KEEPERS or (row is not None and row.view) or getattr(key, "__name__", "") == "getitem"
     return kept and bool(signals) and call.averages.issuperset(signals)

@@ -6,7 +6,8 @@
 sum to 1; and in linear attention q and k would count twice, once above and once below the line.
 
 ``x + γ (pool(x) - x)`` (a stream that is mixed by pooling, without a norm layer before) becomes ``smoothing``. The
-terms cancel, and as independent ones they would make the stream grow by √3 in every block.
+terms cancel, and as independent ones they would make the stream grow by √3 in every block. So do those of ``x + a (y -
+x)`` with a number, a learned number or a gate for a, which becomes ``interpolation``.
 
 Assumes a functional graph, its flow, and that softmax attention was recognised. Promises the same outputs.
 """
@@ -32,7 +33,7 @@ MOVES = (*VIEWS, aten.transpose.int, aten.permute.default, aten.flatten.using_in
 def recognize_averages(module: fx.GraphModule, flow: Flow) -> int:
     """Rewrites ``module`` in place and returns how many averages were found."""
     nodes = list(module.graph.nodes)
-    found = (_weighted, _linear_attention, _smoothing)
+    found = (_weighted, _linear_attention, _smoothing, _interpolation)
     return sum(any(recognize(module, node, flow) for recognize in found) for node in nodes)
 
 
@@ -113,6 +114,30 @@ def _smoothing(module: fx.GraphModule, node: fx.Node, flow: Flow) -> bool:
             inputs = {"input": x} | ({} if gain is None else {"gain": gain})
             inside = [node, *([] if gain is None else [branch]), difference, pool]
             extract(module, "smoothing", inside, node, inputs, {"window": math.prod(_window(pool))})
+            return True
+    return False
+
+
+def _interpolation(module: fx.GraphModule, node: fx.Node, flow: Flow) -> bool:
+    """``node`` adds to a value a part of the way to another one."""
+    if not is_call(node, aten.add.Tensor) or node.kwargs or len(node.args) != 2:
+        return False
+    terms: Any = node.args
+    for x, branch in (terms, terms[::-1]):
+        if not (isinstance(x, fx.Node) and flow.signal(x) and is_call(branch, aten.mul.Tensor, aten.mul.Scalar)):
+            continue
+        factors: Any = branch.args
+        for difference, part in (factors, factors[::-1]):
+            if not is_call(difference, aten.sub.Tensor) or difference.kwargs or difference.args[1] is not x:
+                continue
+            y: Any = difference.args[0]
+            if not (isinstance(y, fx.Node) and flow.signal(y)) or len({shape(n) for n in (x, y, node)}) > 1:
+                continue
+            if not (isinstance(part, fx.Node) or number(part)) or part in (x, y):
+                continue
+            inputs, facts = ({"part": part}, {}) if isinstance(part, fx.Node) else ({}, {"part": part})
+            inside = [node, branch, difference]
+            extract(module, "interpolation", inside, node, {"input": x, "other": y} | inputs, facts)
             return True
     return False
 

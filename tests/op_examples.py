@@ -67,6 +67,8 @@ def recurrent(gates: int, *, packed: bool) -> Example:
     return Example((*x, [state, state] if gates == 4 else state, params, *rest), check="skip")
 
 
+POSITIVE = T((40, 50), 0.7, "positive")
+
 EXAMPLES: dict[object, list[Example]] = {
     aten.linear.default: [
         Example((T((5, 6), 0.7, "rows"), W("linear", (9, 6)), W("bias", (9,))), check="weights"),
@@ -142,12 +144,18 @@ EXAMPLES: dict[object, list[Example]] = {
         Example((X, Y), {"alpha": -2}),
         Example((X, 1.7)),
         Example((X, 1.7), {"alpha": 2}),
+        Example((POSITIVE, -1.0)),
         Example((X, Y), {"alpha": 0}),
     ],
-    aten.sub.Tensor: [Example((X, Y)), Example((X, Y), {"alpha": 0.5}), Example((X, 0.4))],
-    aten.add.Scalar: [Example((X, 2.0))],
-    aten.sub.Scalar: [Example((X, 2.0))],
-    aten.rsub.Scalar: [Example((X, 1.0)), Example((X, 1.0, 3.0))],
+    aten.sub.Tensor: [Example((X, Y)), Example((X, Y), {"alpha": 0.5}), Example((X, 0.4)), Example((POSITIVE, 0.4))],
+    aten.add.Scalar: [Example((X, 2.0)), Example((POSITIVE, 2.0)), Example((POSITIVE, -1.0))],
+    aten.sub.Scalar: [Example((X, 2.0)), Example((POSITIVE, 0.5))],
+    aten.rsub.Scalar: [
+        Example((X, 1.0)),
+        Example((X, 1.0, 3.0)),
+        Example((POSITIVE, 1.0)),
+        Example((POSITIVE, 1.0, 3.0)),
+    ],
     aten.mul.Tensor: [
         Example((X, Y)),
         Example((X, -3.0)),

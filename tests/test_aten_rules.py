@@ -59,6 +59,7 @@ REGIONS = {
     "weighted_average": [],  # tests of recognize_averages
     "linear_attention": [],
     "smoothing": [],
+    "interpolation": [],  # of two signals: tests of recognize_averages
     "straight_through": [],  # tests of recognize_straight_through
 }
 

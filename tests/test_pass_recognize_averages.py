@@ -133,7 +133,8 @@ def test_a_value_and_its_difference_from_its_averages(name: str) -> None:
     model = With({**SMOOTHED, **NOT_SMOOTHED}[name], w=(8,))
     staged = stage(model, IMAGE)
     staged.rewrite("averages")
-    assert staged.kinds() == ["smoothing"] * (name in SMOOTHED)
+    kind = "smoothing" if name in SMOOTHED else "interpolation"
+    assert staged.kinds() == [kind] * (name in SMOOTHED or name == "another's average")
     torch.testing.assert_close(staged.captured(model, IMAGE)[0], model(IMAGE))
     if name == "PoolFormer":
         (weight,) = staged.typed().values()
@@ -179,3 +180,71 @@ def test_a_stream_that_is_pooled_does_not_grow() -> None:
 
     targets = {leaf.key: leaf.target for leaf in convert(Net(), (IMAGE,)).leaves}
     assert targets["layers.11.weight"] < 20 * targets["layers.0.weight"]
+
+
+# --- part of the way -------------------------------------------------------------------------------------------------
+
+
+class Mixer(nn.Module):
+    """Blocks ``x + a (f(x) - x)`` as EfficientViM and highway nets have them."""
+
+    def __init__(self, how: str, blocks: int = 8, width: int = 64):
+        super().__init__()
+        self.how = how
+        self.blocks = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(blocks))
+        self.gate = nn.Parameter(torch.zeros(blocks, width))
+
+    def forward(self, x):
+        for block, gate in zip(self.blocks, self.gate.sigmoid(), strict=True):
+            y = block(x)
+            x = {
+                "gate": lambda x=x, y=y, gate=gate: x + gate * (y - x),
+                "number": lambda x=x, y=y: (y - x) * 0.3 + x,
+                "written out": lambda x=x, y=y: (1 - (x * 9).sigmoid()) * x + (x * 9).sigmoid() * y,
+            }[self.how]()
+        return x
+
+
+@pytest.mark.parametrize("how, fired", [("gate", 8), ("number", 8), ("written out", 0)])
+def test_a_part_of_the_way_keeps_its_size(how: str, fired: int):
+    """Scales against those of the net itself with weights of norm 1; as independent terms they would grow by √3."""
+    net, x = Mixer(how), torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    staged = stage(net, x)
+    staged.rewrite("averages")
+    assert staged.error() < 1e-6
+    assert sum(region.kind == "interpolation" for region in staged.regions()) == fired
+    norm = convert(net, (x,))
+    norm.initialize_(net, torch.Generator().manual_seed(0))
+    net.gate.data.zero_()
+    with torch.no_grad():
+        for leaf in norm.leaves:
+            if leaf.atom.kind == "Linear":
+                measured = x
+                for block, gate in zip(net.blocks, net.gate.sigmoid(), strict=True):
+                    if leaf.weight == f"blocks.{list(net.blocks).index(block)}.weight":
+                        break
+                    measured = Mixer.forward(_one(net, block, gate), measured)
+                assert leaf.scale == pytest.approx(float(measured.square().mean().sqrt()), rel=0.6)
+
+
+def _one(net: Mixer, block: nn.Module, gate: Tensor) -> Mixer:
+    one = Mixer(net.how, 1)
+    one.blocks[0] = block
+    one.gate.data.copy_(gate.logit()[None])
+    return one
+
+
+def test_weighted_rows_average_what_they_weigh():
+    """``(softmax(dt) · b) @ x`` over n rows: as large as b·x whatever n is, and not √n times."""
+
+    class Mix(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dt, self.b, self.x, self.out = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+        def forward(self, u):
+            weights = self.dt(u).mT.softmax(-1) * self.b(u).mT
+            return self.out(weights @ self.x(u))
+
+    scales = [convert(Mix(), (torch.randn(1, n, 16),)).leaves[-1].scale for n in (4, 400)]
+    assert scales == pytest.approx([1.0, 1.0], rel=1e-6)
