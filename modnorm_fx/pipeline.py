@@ -17,7 +17,7 @@ from torch import nn
 
 from . import explain
 from .aten_rules import ATEN
-from .capture import Captured, capture
+from .capture import Captured, capture, where
 from .conventions import Convention
 from .conventions import convention as convention_of
 from .errors import InternalError, MassError, ModnormError
@@ -33,7 +33,7 @@ from .passes.fuse_pointwise import fuse_pointwise
 from .passes.known_signs import known_signs
 from .passes.measure_constants import made_of_numbers, measure_constants
 from .passes.propagate_scales import propagate_scales
-from .passes.propagate_sensitivity import Sensitivities, propagate_sensitivity
+from .passes.propagate_sensitivity import Sensitivities, propagate_sensitivity, stopped_at
 from .passes.recognize_attention import recognize_attention
 from .passes.recognize_averages import recognize_averages
 from .passes.recognize_dots import recognize_dots
@@ -44,7 +44,8 @@ from .passes.recognize_straight_through import recognize_straight_through
 from .passes.split_packed import split_packed
 from .passes.type_atoms import type_atoms
 from .passes.unfold_cells import unfold_cells
-from .rules import RuleTable
+from .passes.unstack_weights import unstack_weights
+from .rules import RuleTable, op_key
 from .tree import allot
 
 __all__ = ["convert"]
@@ -125,6 +126,7 @@ def convert(
     found["computed"] = run("computed_weights", computed_weights, module, inputs, held, rules=rules, convention=chosen)
     found["norms"] = run("recognize_norms", recognize_norms, module)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
+    found["stacked"] = run("unstack_weights", unstack_weights, module, flow)
     found["straight_through"] = run("recognize_straight_through", recognize_straight_through, module, flow)
     found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
@@ -167,6 +169,11 @@ def convert(
         "propagate_sensitivity", propagate_sensitivity, module, flow, weights, scales, convention=chosen
     )
     stages["sensitivities"] = lambda: explain.sensitivities(module, sensitivities)
+    stops = {
+        w.parameter: [f"{op_key(n.target)} at {where(n)}" for n in stopped_at(w, module, scales, sensitivities)]
+        for w in weights
+        if not any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses)))
+    }
     weights = tuple(w for w in weights if any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses))))
     places = run("find_stacks", find_stacks, module.graph, weights, captured.modules)
     named = {k: v for k, v in (masses or {}).items() if k in TOTALS or k == "vectors"}
@@ -191,7 +198,9 @@ def convert(
         if path not in named:
             norm = norm.tare(path, mass)
     selected = captured.outputs if outputs is not None else ()
-    for text in (_unused(norm.unused, selected), _partly_used(norm), _sampled(norm)):
+    stopped = {name: stops[name] for name in norm.unused if stops.get(name)}
+    unused = tuple(name for name in norm.unused if name not in stopped)
+    for text in (_unused(unused, selected), _stopped(stopped), _partly_used(norm), _sampled(norm)):
         if text:
             warnings.warn(text, stacklevel=2)
     return norm
@@ -233,6 +242,22 @@ def _unused(names: tuple[str, ...], selected: tuple[str, ...]) -> str:
         f"and get no norm: {_listed(names)}. "
         "If they should train, pass args/kwargs that use them. (A gradient that only the backward of a custom autograd "
         "function makes is not seen: such parameters need an optimizer of their own.)"
+    )
+
+
+def _stopped(stops: Mapping[str, Sequence[str]]) -> str:
+    """Names parameters that are used, and the operations without a derivative that keep them from every output."""
+    if not stops:
+        return ""
+    places = list(dict.fromkeys(place for found in stops.values() for place in found))
+    some = (
+        f"{len(stops)} parameters move no output and get" if len(stops) > 1 else "1 parameter moves no output and gets"
+    )
+    return (
+        f"{some} no norm: "
+        f"{_listed(list(stops))}. The derivative of {_listed(places, 3)} is zero. If a custom autograd function passes "
+        "a gradient on there (a straight-through estimator), write it as x + (f(x) - x).detach(), which is followed, "
+        "or give these parameters an optimizer of their own."
     )
 
 

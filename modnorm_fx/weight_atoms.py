@@ -51,6 +51,7 @@ class Site:
         logits: whether the output goes to a softmax over attention logits.
         rate: whether the output goes to a softplus, which makes a rate or a time step of it.
         index: which of a list of operands it is.
+        apart: axes of the output along which a later product has a matrix of its own for each place.
     """
 
     node: fx.Node
@@ -62,6 +63,7 @@ class Site:
     logits: bool
     rate: bool = False
     index: int | None = None
+    apart: frozenset[int] = frozenset()
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -147,7 +149,8 @@ def einsum_labels(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
 
 def contracted(site: Site) -> Atom:
     """A weight in an einsum. Its axes that are summed are inputs; of the others those that the other operands have too
-    count matrices side by side, and the rest are outputs. With neither inputs nor outputs it is a factor."""
+    count matrices side by side, as do those that a later product keeps apart, and the rest are outputs. With neither
+    inputs nor outputs it is a factor."""
     tensors: Any = site.args["tensors"]
     terms, result = einsum_labels(str(site.args["equation"]), [t.meta["val"].dim() for t in tensors])
     own = terms[site.index or 0]
@@ -156,6 +159,7 @@ def contracted(site: Site) -> Atom:
     if len(own) != site.view.dim():
         raise WeightError("its entries are looked up before an einsum")
     others = {label for i, term in enumerate(terms) if i != site.index for label in term}
+    others |= {result[a] for a in site.apart if a < len(result)}
     if len(set(own)) < len(own) or (0 in site.view.stride() and site.view.numel() > 1):
         raise WeightError("its axes are repeated in an einsum")
     into = [d for d, label in enumerate(own) if label not in result]

@@ -4,9 +4,10 @@ Assumes typed weights. Promises, for every signal node, its expected RMS and, fo
 operands, the change of the node per change of the operand. Under ``paper`` every scale is 1. Weights count as norm 1
 by declaration, biases and logit biases as 0 (they start there; 1 in a sum of parameters alone), tables at the scale
 of what they are added to or joined with; an embedding that is tied to a head is declared at 1/√d, which is its row
-norm when the head has norm 1 (and all embeddings of its width with it: a larger one would drown it). An op without a
-rule is sampled or refused, and so is one whose rule would divide by an operand of scale zero;
-all refusals are raised together.
+norm when the head has norm 1 (and all embeddings of its width with it: a larger one would drown it), one whose rows
+are multiplied by a number right away (√d, in many) at one over that number, which is what the number is for. An op
+without a rule is sampled or refused, and so is one whose rule would divide by an operand of scale zero; all refusals
+are raised together.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from modnorm_fx.quadrature import Sign
 from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, operands, shape_of
 
 from .bind_weights import IDENTITY, Affine
-from .canonicalize import CASTS, aten
+from .canonicalize import CASTS, aten, number
 from .flow import Flow, is_float
 from .measure_constants import measure_constants
 from .sample import SamplingError, sample
@@ -114,7 +115,7 @@ def propagate_scales(
         for i, (node, operand, atom) in enumerate(w.uses)
     }
     sampled_weights = {node for w in weights if w.sampled for node, _, _ in w.uses}
-    tied = _tied_widths(weights)
+    tied = (_multiplied(weights) if convention.tracks_scales else {}) | _tied_widths(weights)
     if constants is None:
         constants = measure_constants(module, flow)
     averages: set[fx.Node] = set()
@@ -287,6 +288,29 @@ def _tied_widths(weights: Sequence[Weight]) -> dict[str, float]:
         for w in weights
         if len(w.shape) == 2 and w.shape[-1] in widths and any(isinstance(atom, Embedding) for _, _, atom in w.uses)
     }
+
+
+def _multiplied(weights: Sequence[Weight]) -> dict[str, float]:
+    """Embeddings whose rows are multiplied by a number and used in no other way, by key: one over the number."""
+    found: dict[str, float] = {}
+    for w in weights:
+        numbers = {_number_after(node) if isinstance(atom, Embedding) else None for node, _, atom in w.uses}
+        if len(numbers) == 1 and (c := numbers.pop()):
+            found[w.key] = 1 / c
+    return found
+
+
+def _number_after(node: fx.Node) -> float | None:
+    """The size of the number that a value is multiplied by, if nothing else reads it."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar) and number(user.args[1]):
+            c = abs(float(user.args[1]))
+            return c if user.target in (aten.mul.Tensor, aten.mul.Scalar) or not c else 1 / c
+        if user.target not in CASTS:
+            return None
+        node = user
+    return None
 
 
 def _failure(node: fx.Node, why: str) -> str:

@@ -39,6 +39,22 @@ def output_nodes(graph: fx.Graph, flow: Flow) -> list[fx.Node]:
     return list(dict.fromkeys(n for n in output.all_input_nodes if flow.signal(n)))
 
 
+def stopped_at(weight: Weight, module: fx.GraphModule, scales: Scales, found: Sensitivities) -> list[fx.Node]:
+    """The operations after a weight that pass none of its changes on (sign, round, a comparison made a number), though
+    what comes after them reaches an output."""
+    stops: list[fx.Node] = []
+    todo = [node for node, _, _ in weight.uses]
+    for node in todo:
+        for user in node.users:
+            if user.op != "output" and found.of.get(user, 0.0) > 0:
+                _, args = arguments(user, module)
+                if any(source is node and not scales.local[user].get(op) for op, source in operands(args)):
+                    stops.append(user)
+            elif user not in todo:
+                todo.append(user)
+    return list(dict.fromkeys(stops))
+
+
 def propagate_sensitivity(
     module: fx.GraphModule, flow: Flow, weights: Sequence[Weight], scales: Scales, *, convention: Convention
 ) -> Sensitivities:

@@ -18,7 +18,7 @@ from modnorm_fx.capture import where
 from modnorm_fx.errors import WeightError
 from modnorm_fx.rules import AtomFunction, Operand, RuleTable, arguments, operands
 from modnorm_fx.slices import take_slice
-from modnorm_fx.weight_atoms import Site
+from modnorm_fx.weight_atoms import Site, einsum_labels
 
 from .bind_weights import Affine, WeightUse, resolve
 from .canonicalize import CASTS, aten, is_call
@@ -32,6 +32,8 @@ TO_SOFTMAX = CASTS | {
     aten.tanh.default, aten.constant_pad_nd.default, aten.pad.default, aten.embedding.default,
 }  # fmt: skip
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+#: ops that write over a part of what they are given
+WRITES = frozenset({aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default})
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def type_atoms(
             logits=feeds_softmax(use.node),
             rate=_feeds_softplus(use.node, module, rules),
             index=use.operand[1],
+            apart=_kept_apart(use.node, flow, rules) if key is aten.einsum.default else frozenset(),
         )
         sampled = False
         try:
@@ -93,7 +96,7 @@ def type_atoms(
                 raise WeightError(f"there is no rule for {use.node.target}")
             roles = args["region"].facts["weights"] if key == "computed_weight" else rule.weights
             role = roles.get(use.operand[0], weight_atoms.source)
-            if role is weight_atoms.joined:
+            if role is weight_atoms.joined or (role is weight_atoms.table and use.node.target in WRITES):
                 role = _role_of_joined(use.node, module, rules) or role
             atom = role(site)
         except WeightError as error:
@@ -138,13 +141,13 @@ def type_atoms(
 
 
 def _role_of_joined(node: fx.Node, module: fx.GraphModule, rules: RuleTable) -> AtomFunction | None:
-    """The role of vectors joined to a bias or a gain of one layer (q, none for k, and v): a layer's, if all users give
-    it the same."""
+    """The role of vectors joined to a bias or a gain of one layer (q, none for k, and v), or of one of which a part is
+    written over: a layer's, if all users give it the same."""
     found: set[AtomFunction | None] = set()
     for user in node.users:
         key, args = arguments(user, module) if user.op != "output" else (None, {})
         row = rules.get(key)
-        if key is take_slice or key in CASTS or (row is not None and row.view):
+        if key is take_slice or key in CASTS or key in WRITES or (row is not None and row.view):
             found.add(_role_of_joined(user, module, rules))
         elif row is not None:
             found |= {row.weights.get(op[0]) for op, n in operands(args) if n is node}
@@ -180,6 +183,33 @@ def feeds_softmax(node: fx.Node, depth: int = 12) -> bool:
         if feeds_softmax(user, depth - 1):
             return True
     return False
+
+
+def _kept_apart(node: fx.Node, flow: Flow, rules: RuleTable) -> frozenset[int]:
+    """Axes of an einsum's output along which a later product has a matrix of its own for each place: experts."""
+    found: set[int] = set()
+    size, todo = node.meta["val"].shape, [node]
+    for value in todo:
+        for user in value.users:
+            row = rules.get(user.target)
+            if (
+                user.op == "call_module"
+                or (row is not None and row.pointwise)
+                or is_call(user, *CASTS, aten.mul.Tensor)
+            ):
+                if getattr(user.meta.get("val"), "shape", None) == size and user not in todo:
+                    todo.append(user)
+            elif is_call(user, aten.einsum.default):
+                tensors: Any = user.args[1]
+                terms, result = einsum_labels(str(user.args[0]), [t.meta["val"].dim() for t in tensors])
+                own = terms[tensors.index(value)]
+                later = {label for t, term in zip(tensors, terms, strict=True) if flow.weight(t) for label in term}
+                found |= {a for a, label in enumerate(own) if label in later and label in result}
+            elif is_call(user, aten.bmm.default, aten.matmul.default):
+                other: Any = user.args[1]
+                if user.args[0] is value and flow.weight(other) and other.meta["val"].dim() == len(size) > 2:
+                    found |= {a for a in range(len(size) - 2) if other.meta["val"].shape[a] == size[a] > 1}
+    return frozenset(found)
 
 
 def _feeds_softplus(node: fx.Node, module: fx.GraphModule, rules: RuleTable) -> bool:

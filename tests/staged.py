@@ -22,6 +22,7 @@ from modnorm_fx.passes.recognize_shares import recognize_shares
 from modnorm_fx.passes.recognize_straight_through import recognize_straight_through
 from modnorm_fx.passes.split_packed import split_packed
 from modnorm_fx.passes.type_atoms import Weight, type_atoms
+from modnorm_fx.passes.unstack_weights import unstack_weights
 from torch import Tensor, fx, nn
 
 from modnorm_fx import ATEN
@@ -34,7 +35,7 @@ torch.set_num_threads(1)
 
 #: the rewriting passes, in the pipeline's order
 REWRITES = (
-    "computed", "norms", "straight_through", "rotary", "attention", "averages", "shares", "dots", "pointwise", "packed",
+    "computed", "norms", "stacked", "straight_through", "rotary", "attention", "averages", "shares", "dots", "pointwise", "packed",
     "joined",
 )  # fmt: skip
 
@@ -98,6 +99,7 @@ class Staged:
                 convention=TRACKED,
             ),
             "norms": lambda: recognize_norms(self.module),
+            "stacked": lambda: unstack_weights(self.module, self.flow()),
             "straight_through": lambda: recognize_straight_through(self.module, self.flow()),
             "rotary": lambda: recognize_rotary(self.module, self.flow()),
             "attention": lambda: recognize_attention(self.module, self.flow()),

@@ -65,3 +65,29 @@ def test_a_weight_without_sums_is_a_factor():
 def test_a_diagonal_is_refused():
     with pytest.raises(WeightError, match="repeated in an einsum"):
         convert(Layer("bld,dd->bld", (8, 8)), (torch.randn(2, 3, 8),), unknown="error")
+
+
+class Routed(nn.Module):
+    """A matrix per expert for every token, experts before the tokens in the result."""
+
+    def __init__(self, heads: bool):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.heads = heads
+        self.up = nn.Parameter(torch.randn(4, 8, 6, generator=g))
+        self.down = nn.Parameter(torch.randn(4, 6, 8, generator=g))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("btd,edf->ebtf", x, self.up).relu()
+        return torch.einsum("ebtf,efd->btd" if self.heads else "ebtf,efd->ebtd", hidden, self.down)
+
+
+@pytest.mark.parametrize("heads", (False, True))
+def test_what_a_later_product_keeps_apart_are_experts(heads: bool):
+    """Against the Jacobian of one expert, or of all heads, which the next layer joins."""
+    net = Routed(heads)
+    leaf = next(leaf for leaf in convert(net, (torch.randn(2, 3, 8),), unknown="error").leaves if leaf.key == "up")
+    maps = net.up.detach().mT  # [e, f, d]
+    pieces = [maps.flatten(0, 1)] if heads else list(maps)
+    found = max(math.sqrt(8 / len(m)) * float(torch.linalg.matrix_norm(m, 2)) for m in pieces)
+    assert float(leaf.atom.norm(net.up.detach())) == pytest.approx(found, rel=1e-4)

@@ -53,11 +53,11 @@ def test_declared_norms():
             self.position = nn.Parameter(torch.zeros(1, 6, 16))
 
         def forward(self, i):
-            return self.linear(self.norm(2 * self.token(i) + self.position))
+            return self.linear(self.norm(2 * self.token(i).square() + self.position))
 
     found = initial(Net(), IDS)
     assert found["token.weight"] == [1.0]
-    assert found["position"] == [2.0]  # of the size of what it is added to
+    assert found["position"] == [pytest.approx(2 * math.sqrt(3), rel=1e-3)]  # of the size of what it is added to
     assert found["norm.weight"] == [1.0] and found["linear.weight"] == [1.0]
     assert found["norm.bias"] == [0.0] and found["linear.bias"] == [0.0]
 
@@ -68,6 +68,25 @@ def test_a_tied_embedding_has_the_rows_of_a_head_of_norm_one():
     assert initial(model, IDS)["0.weight"] == [pytest.approx(1 / 4), 1.0]
     head = nn.init.orthogonal_(torch.empty(64, 16), gain=math.sqrt(64 / 16))  # a head of operator norm 1
     assert float(head.square().mean(1).sqrt().mean()) == pytest.approx(1 / 4, rel=0.05)
+
+
+def test_an_embedding_that_is_multiplied_by_a_number_is_declared_at_one_over_it():
+    """√d times rows of 1/√d, as Vaswani et al. have it: a stream of size 1, in which what is added still counts."""
+
+    class Scaled(nn.Module):
+        def __init__(self, use):
+            super().__init__()
+            self.token, self.start, self.use = nn.Embedding(11, 16), nn.Parameter(torch.zeros(16)), use
+
+        def forward(self, i):
+            return F.rms_norm(self.use(self.token(i)) + self.start, (16,))
+
+    assert initial(Scaled(lambda x: x * 50), IDS)["token.weight"] == [pytest.approx(1 / 50)]
+    assert initial(Scaled(lambda x: x.float() / 0.25), IDS)["token.weight"] == [pytest.approx(1 / 4)]
+    assert initial(Scaled(lambda x: x * 50 + x), IDS)["token.weight"] == [1.0]
+    targets = [mn.convert(Scaled(lambda x, c=c: x * c), (IDS,)).targets for c in (1.0, 50.0)]
+    assert targets[1]["start"] == pytest.approx(targets[0]["start"])
+    assert targets[1]["token.weight"] == pytest.approx(targets[0]["token.weight"] / 50)
 
 
 def test_biases_alone_are_a_source():

@@ -260,3 +260,20 @@ def test_overlapping_uses_are_one_sampled_weight_on_request():
         norm = convert(model, (torch.randn(2, 6, 16),))
     assert [(leaf.key, leaf.atom, leaf.status) for leaf in norm.leaves] == [("w", A.Scalar((16, 16)), "sampled")]
     assert norm.leaves[0].target > 0
+
+
+def test_a_bias_of_which_a_part_is_zeroed_is_a_bias():
+    """torchvision's Swin v2 clones the bias of its qkv layer and sets the part of k to zero."""
+
+    class NoKeyBias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            bias = self.qkv.bias.clone()
+            bias[8:16].zero_()
+            return F.linear(x, self.qkv.weight, bias)
+
+    atoms = {leaf.key: leaf.atom for leaf in convert(NoKeyBias(), (torch.randn(2, 8),), unknown="error").leaves}
+    assert atoms["qkv.bias"] == A.Bias((24,))

@@ -279,6 +279,36 @@ def test_unused_parameters_are_named_in_a_warning():
     assert caught[0].filename == __file__
 
 
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_what_a_custom_backward_passes_on_is_named_with_what_to_write_instead():
+    class Binary(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+            self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.b(self.function(self.a(x)))
+
+    with pytest.warns(UserWarning, match=r"1 parameter moves no output and gets no norm: a\.weight") as caught:
+        mn.convert(Binary(Sign.apply), (torch.randn(2, 4),))
+    text = str(caught[0].message)
+    assert "derivative of aten.sign.default at" in text and "write it as x + (f(x) - x).detach()" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norm = mn.convert(Binary(lambda x: x + (x.sign() - x).detach()), (torch.randn(2, 4),))
+    assert norm.targets["a.weight"] == pytest.approx(norm.targets["b.weight"])
+
+
 def test_a_parameter_behind_a_comparison_is_unused():
     class Gate(nn.Module):
         def __init__(self):
