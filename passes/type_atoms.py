@@ -192,11 +192,8 @@ def _kept_apart(node: fx.Node, flow: Flow, rules: RuleTable) -> frozenset[int]:
     for value in todo:
         for user in value.users:
             row = rules.get(user.target)
-            if (
-                user.op == "call_module"
-                or (row is not None and row.pointwise)
-                or is_call(user, *CASTS, aten.mul.Tensor)
-            ):
+            moved = user.op == "call_module" or is_call(user, *CASTS, aten.mul.Tensor)
+            if moved or (row is not None and row.pointwise):
                 if getattr(user.meta.get("val"), "shape", None) == size and user not in todo:
                     todo.append(user)
             elif is_call(user, aten.einsum.default):

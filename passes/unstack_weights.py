@@ -1,7 +1,7 @@
 """Pass (rewrite): a product with a stack of parameters becomes one product for each of them.
 
-``torch.einsum("btd,edf->btef", x, torch.stack([e.weight for e in experts]))`` uses each expert's matrix as a layer does.
-Left as it is, the stack would be a learned value that the data are multiplied by, entry by entry.
+``torch.einsum("btd,edf->btef", x, torch.stack([e.weight for e in experts]))`` uses each expert's matrix as a layer
+does. Left as it is, the stack would be a learned value that the data are multiplied by, entry by entry.
 
 Assumes a functional ATen graph and its flow. Promises the same outputs.
 """

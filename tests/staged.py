@@ -35,8 +35,8 @@ torch.set_num_threads(1)
 
 #: the rewriting passes, in the pipeline's order
 REWRITES = (
-    "computed", "norms", "stacked", "straight_through", "rotary", "attention", "averages", "shares", "dots", "pointwise", "packed",
-    "joined",
+    "computed", "norms", "stacked", "straight_through", "rotary", "attention", "averages", "shares", "dots",
+    "pointwise", "packed", "joined",
 )  # fmt: skip
 
 

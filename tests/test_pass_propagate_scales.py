@@ -84,7 +84,7 @@ def test_an_embedding_that_is_multiplied_by_a_number_is_declared_at_one_over_it(
     assert initial(Scaled(lambda x: x * 50), IDS)["token.weight"] == [pytest.approx(1 / 50)]
     assert initial(Scaled(lambda x: x.float() / 0.25), IDS)["token.weight"] == [pytest.approx(1 / 4)]
     assert initial(Scaled(lambda x: x * 50 + x), IDS)["token.weight"] == [1.0]
-    targets = [mn.convert(Scaled(lambda x, c=c: x * c), (IDS,)).targets for c in (1.0, 50.0)]
+    targets = [convert(Scaled(lambda x, c=c: x * c), (IDS,)).targets for c in (1.0, 50.0)]
     assert targets[1]["start"] == pytest.approx(targets[0]["start"])
     assert targets[1]["token.weight"] == pytest.approx(targets[0]["token.weight"] / 50)
 
