@@ -26,14 +26,14 @@ def recognize_dots(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> i
     """Rewrites ``module`` in place and returns how many sums were found."""
     count = 0
     for node in list(module.graph.nodes):
-        if not is_call(node, aten.sum.dim_IntList) or not node.args[1]:
+        if not is_call(node, aten.sum.dim_IntList, aten.sum.default):
             continue
         product = strip(node.args[0])
         if not is_call(product, aten.mul.Tensor) or len(product.users) > 1 or node.kwargs.get("dtype") is not None:
             continue
         rank = len(shape(product))
-        axes: Any = node.args[1]
-        summed = {int(a) % rank for a in axes}
+        axes: Any = (*node.args, None)[1]
+        summed = {int(a) % rank for a in axes or range(rank)}
         factors: Any = product.args
         weights = [n for n in factors if isinstance(n, fx.Node) and flow.weight(n) and _seen(n, rules)]
         if any(_full(n, product, summed) for n in weights) and factors[0] is not factors[1]:

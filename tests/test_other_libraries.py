@@ -12,6 +12,7 @@ from typing import Any
 import foreign_code as C
 import foreign_layers as L
 import foreign_nets as N
+import foreign_research as R
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,14 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "kan": (L.Kan, (rand(7, 4),)),
     "deformable": (L.Deformable, (rand(2, 3, 8, 8),)),
     "capsules": (L.Capsules, (rand(2, 6, 4),)),
+    "graph attention": (R.GraphAttention, (rand(6, 5), EDGES)),
+    "codec": (R.Codec, (rand(2, 1, 32),)),
+    "finite scalars": (R.FiniteScalar, (rand(4, 8),)),
+    "hard choice": (R.HardChoice, (rand(4, 8),)),
+    "spatial gate": (R.SpatialGate, (rand(2, 3, 16, 16),)),
+    "highway": (R.Highway, (rand(4, 8),)),
+    "padded bias": (R.PaddedBias, (rand(2, 5, 8),)),
+    "differential attention": (R.Differential, (rand(2, 6, 16),)),
 }
 #: `(exp(a) - 1) / a` of small complex rates, taken at their declared size 1, moves far less than what is added to it
 WIDEST = {"long convolution": 1e10}

@@ -71,7 +71,7 @@ class Mixed(nn.Module):
         self.q, self.k = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) * (self.q * self.k).sum(-1).exp()
+        return self.layer(x) * (self.q * self.k).sum().exp()
 
 
 def test_a_product_of_two_parameters_is_as_large_as_declared():
