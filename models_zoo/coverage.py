@@ -62,8 +62,8 @@ EXPORTED = (
 ATTENTION = {"scaled_dot_product_attention": 4, "multi_head_attention_forward": 10}
 #: files of the package that no conversion passes through
 FACES = tuple(
-    "cli commands report report_rows buckets atom_code normalizer codegen orthogonal fused_adamw base_step graph "
-    "step_op optim compile norm_json".split()
+    "cli commands report report_rows buckets atom_code normalizer codegen orthogonal fused_adamw fused_triton "
+    "base_step graph step_op optim compile norm_json".split()
 )
 
 
