@@ -92,18 +92,15 @@ class GraphedStep:
         def run() -> None:
             for (_, _, p), gradient in zip(active, self._gradients, strict=True):
                 p.grad = gradient
-            steps = opt._factors(normalizer, active, None)
+            steps, rates = opt._factors(normalizer, active, None), self._rates
             if self._checks:
                 self.marks = normalizer.marks(steps)
                 fine = torch.stack([marks.all() for marks in self.marks]).all()
                 self._bad.copy_(~fine)
-                steps = [torch.where(fine, f, 0.0) for f in steps]
-                for update in normalizer.buffers:  # 0 · infinity is not 0
-                    update.copy_(torch.where(fine, update, 0.0))
-                kept: Any = zip(normalizer._fresh, normalizer.vectors, strict=True)
-                normalizer._fresh = [torch.where(fine, new, old) for new, old in kept]
+                steps = normalizer.withhold(steps, fine)
+                rates = [None if rate is None else rate.withhold(fine) for rate in rates]
             normalizer.keep(in_place=True)
-            normalizer.apply_(steps, weights, self._rates)
+            normalizer.apply_(steps, weights, rates)
 
         self._run = record(run)
 

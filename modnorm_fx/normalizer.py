@@ -34,6 +34,10 @@ class Rates(NamedTuple):
     lrs: Tensor
     decays: Tensor | None
 
+    def withhold(self, fine: Tensor) -> Rates:
+        """These where `fine` (one bool, on the device), else without decay."""
+        return self if self.decays is None else self._replace(decays=torch.where(fine, self.decays, 0.0))
+
 
 class Normalizer:
     """What `ModularNorm.normalizer` returns.
@@ -212,6 +216,15 @@ class Normalizer:
             self.vectors = list(self._fresh)
         for key in set(self._learned):
             self.steps[key] = min(self.steps[key] + 1, COLD_STEPS)
+
+    def withhold(self, factors: Sequence[Tensor], fine: Tensor) -> list[Tensor]:
+        """These factors where `fine` (one bool, on the device); else `keep` and `apply_` will change nothing, with the
+        factors that this returns and rates without decay."""
+        for update in self.buffers:  # 0 · infinity is not 0
+            update.copy_(torch.where(fine, update, 0.0))
+        pairs: Any = zip(self._fresh, self.vectors, strict=True)
+        self._fresh = [torch.where(fine, new, old) for new, old in pairs]
+        return [torch.where(fine, factor, 0.0) for factor in factors]
 
     # Stepping -------------------------------------------------------------------------------------------------------
 

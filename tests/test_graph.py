@@ -115,7 +115,7 @@ def test_changed_settings_are_captured_again(device: str, captures: list[int]) -
 @pytest.mark.parametrize("mode", ["normalize", "dualize"])
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 def test_an_update_that_is_not_finite_changes_nothing(device: str, nonfinite: str, mode: str) -> None:
-    model, opt = setup(device, "cudagraph", "SGD", nonfinite=nonfinite, mode=mode)
+    model, opt = setup(device, "cudagraph", "SGD", nonfinite=nonfinite, mode=mode, weight_decay=0.3)
     train(model, opt, COLD_STEPS + 2)
     before, knew = values(model), copy.deepcopy(remembered(opt))
     backward(model, 99)
