@@ -34,7 +34,8 @@ coverage: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/modnorm-fx coverage --jobs 2 $(ARGS)
 
 bench-gpu: setup
-	$(BIN)/python -m pytest tests/test_graph.py tests/test_codegen.py
+	$(BIN)/python -m pytest tests/test_graph.py tests/test_codegen.py tests/test_kernels_gpu.py \
+		tests/test_kernels_gpu_adamw.py tests/test_fused_triton.py
 	$(BIN)/python benchmarks/step.py --device cuda
 
 # The copy is made from scratch: a stale build/lib would bring deleted modules back.

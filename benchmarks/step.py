@@ -8,7 +8,9 @@ it adds to an optimizer that is not fused with it (AdamW on a CPU is, where its 
 
 Sides: ``adamw`` torch's fused AdamW; ``modnorm`` ours on AdamW as ``backend="auto"`` runs it; ``modnorm, unchecked``
 the same without a look at all gradients beforehand, as torch's; ``modnorm, no C++`` with torch's own operations;
-``modnorm, compile`` and ``modnorm, cudagraph`` the other backends; ``dualize`` the steepest step (Polar Express);
+``modnorm, compile`` and ``modnorm, cudagraph`` the other backends; ``modnorm, triton`` and ``modnorm,
+cudagraph-triton`` those with Triton kernels, which compute the update of matrices twice rather than store it, and with
+``stored`` the same without that; ``dualize`` the steepest step (Polar Express);
 ``muon`` torch.optim.Muon on the matrices with AdamW on the rest; ``modula`` its normalisation of the matrices (one step
 of power iteration, matrix by matrix), without an optimizer.
 """
@@ -115,9 +117,12 @@ def sides(net: str, device: torch.device, wanted: set[str]) -> Iterator[tuple[st
     if "compile" in wanted:
         yield "modnorm, compile", *ours(backend="compile")
     if "cudagraph" in wanted and cuda:
-        yield "modnorm, triton", *ours(backend="triton")
-        for backend in ("cudagraph", "cudagraph-triton"):
-            yield f"modnorm, {backend}", *ours(backend=backend, nonfinite="unchecked")
+        yield "modnorm, cudagraph", *ours(backend="cudagraph", nonfinite="unchecked")
+        for backend, nonfinite in (("triton", "raise"), ("cudagraph-triton", "unchecked")):
+            yield f"modnorm, {backend}", *ours(backend=backend, nonfinite=nonfinite)
+            step, opt = ours(backend=backend, nonfinite=nonfinite)
+            opt._triton_step = lambda normalizer, active: None
+            yield f"modnorm, {backend}, stored", step, opt
     if "dualize" in wanted:
         yield "dualize", *ours(mode="dualize")
     if "muon" in wanted:
@@ -224,7 +229,7 @@ def show(net: str, result: dict[str, Any]) -> None:
     print(f"\n{net}: {result['weights'] / 1e6:.1f}M weights, floor of AdamW {result['floor, milliseconds']:.2f} ms")
     for name, ms in result["milliseconds"].items():
         ratio = result["ratio to adamw"].get(name, math.nan)
-        print(f"  {name:20} {ms:10.2f} ms  {ratio:8.2f} x fused AdamW", flush=True)
+        print(f"  {name:32} {ms:10.2f} ms  {ratio:8.2f} x fused AdamW", flush=True)
 
 
 def main() -> None:

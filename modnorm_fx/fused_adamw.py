@@ -9,6 +9,8 @@ averages.
 computed while the parameter is in the cache, so that AdamW's own seven words are all that moves. A weight is then
 changed before the update of the next one is known, so it must be certain beforehand that all updates are finite. They
 are, if averages and gradients are: averages are looked at once, and again when anyone else has written to them.
+
+`OfMatrices` says which parameters these are; on a GPU `fused_triton` steps them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import spectral_norm
-from .atoms import Conv, Experts, Gates, Linear, PatchConv
+from .atoms import Atom, Conv, Experts, Gates, Linear, PatchConv
 from .buckets import Bucket, Line, Placement, buckets
 from .codegen import make
 from .kernels import cpu
@@ -32,7 +34,7 @@ from .normalizer import COLD_STEPS, Normalizer
 if TYPE_CHECKING:
     from .norm import ModularNorm
 
-__all__ = ["FusedStep", "takes", "write_updates"]
+__all__ = ["FusedStep", "OfMatrices", "Part", "plain", "takes", "write_updates"]
 
 KNOWN = (torch.optim.Adam, torch.optim.AdamW)
 KINDS = (Linear, PatchConv, Conv, Experts, Gates)
@@ -47,7 +49,7 @@ Active = list[tuple[int, str, Tensor]]
 def takes(base: Optimizer, groups: Groups, active: Active) -> bool:
     """Whether the kernels can stand in for `base.step()` with the settings `groups`: plain Adam or AdamW without hooks,
     float32 on the CPU, contiguous gradients and averages, no amsgrad, and every parameter has been stepped before."""
-    if not _plain(base, groups) or not active:
+    if not plain(base, groups) or not active:
         return False
     for _, _, p in active:  # a plain loop: this runs for every parameter in every step
         state, gradient = base.state.get(p), p.grad
@@ -61,7 +63,8 @@ def takes(base: Optimizer, groups: Groups, active: Active) -> bool:
     return True
 
 
-def _plain(base: Optimizer, groups: Groups) -> bool:
+def plain(base: Optimizer, groups: Groups) -> bool:
+    """Whether the base is Adam or AdamW without hooks, with settings that the kernels know."""
     if type(base) not in KNOWN or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
         return False
     betas = [beta for group in groups for beta in group["betas"]]
@@ -87,69 +90,121 @@ def write_updates(base: Optimizer, groups: Groups, active: Active, into: Mapping
         )
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The same part of the n parameters of a bucket, made of equal matrices.
 
     Attributes:
-        names, keys: its parameters and leaves. spectral: its set of power vectors. offset: entries before it.
-        shape: groups, taps, rows, c and ld, as in cpu.cpp.
+        names, keys: its parameters and leaves. line, spectral: its number among the lines of the normaliser, and that
+        of its set of power vectors. atom: of all of them. offset: entries before it.
+        shape: groups, taps, rows, c and ld, as in cpu.cpp. apart: entries from one group to the next.
+        dense: whether it is contiguous, or columns at multiples of 16, and groups follow each other.
         targets, over_unit: norms of the updates of a step of lr 1, and the singular values that they come to.
         decays: whether weight decay acts on it.
     """
 
     names: tuple[str, ...]
     keys: tuple[str, ...]
+    line: int
     spectral: int
+    atom: Atom
     offset: int
     shape: tuple[int, int, int, int, int]
+    apart: int
+    dense: bool
     targets: tuple[float, ...]
     over_unit: tuple[float, ...]
     decays: bool
 
 
-class FusedStep:
-    """The step of those parameters of a normaliser that consist of matrices; `rest` is a normaliser of the others.
+class OfMatrices:
+    """Those parameters of a normaliser that consist of matrices; `rest` is a normaliser of the others.
 
     Args:
         norm, placements: what the normaliser was made from. whole: the normaliser; its power vectors are stepped.
+
+    Attributes:
+        parts: the parts of each bucket of the normaliser that is made of them, by its number. names: the parameters.
     """
 
     def __init__(self, norm: ModularNorm, placements: Mapping[str, Placement], whole: Normalizer):
         self.whole = whole
-        self._parts: list[_Part] = []
-        kept = []
+        self.parts: dict[int, list[Part]] = {}
         first = 0
-        for bucket, buffer in zip(buckets(norm, placements), whole.buffers, strict=True):
+        for index, bucket in enumerate(buckets(norm, placements)):
             parts = [_part(bucket, line, whole.owners, first + i) for i, line in enumerate(bucket.lines)]
             first += len(parts)
-            found = [part for part in parts if part is not None]
-            if sum(math.prod(part.shape[:4]) for part in found) == math.prod(bucket.shape) and cpu.takes(buffer):
-                self._parts += found
-            else:
-                kept.append(buffer)
-        self.names = {name for part in self._parts for name in part.names}
+            found = [part for part in parts if part is not None and self._fits(part)]
+            complete = sum(math.prod(part.shape[:4]) for part in found) == math.prod(bucket.shape)
+            if complete and self._takes(whole.buffers[index]):
+                self.parts[index] = found
+        every = [part for parts in self.parts.values() for part in parts]
+        self.names = {name for part in every for name in part.names}
         others = {name: placement for name, placement in placements.items() if name not in self.names}
         self.rest = make(norm, others, whole.mode, whole.backend)
-        self.rest.adopt(kept, whole.steps)
-        taken = {part.spectral for part in self._parts}
+        self.rest.adopt([buffer for i, buffer in enumerate(whole.buffers) if i not in self.parts], whole.steps)
+        taken = {part.spectral for part in every}
         self._shared = [index for index in range(len(whole.vectors)) if index not in taken]
+
+    def _fits(self, part: Part) -> bool:
+        """Whether the kernels can work on a part that lies so."""
+        raise NotImplementedError
+
+    def _takes(self, buffer: Tensor) -> bool:
+        """Whether they can work on such tensors."""
+        raise NotImplementedError
+
+    def is_warm(self) -> bool:
+        """Whether one step of power iteration is enough for all of them."""
+        steps, vectors = self.whole.steps, self.whole.vectors
+        return all(
+            vectors[part.spectral] is not None and min(map(steps.__getitem__, part.keys)) >= COLD_STEPS
+            for parts in self.parts.values()
+            for part in parts
+        )
+
+    def others(self, active: Active) -> Active:
+        """What `rest` is for."""
+        return [item for item in active if item[1] not in self.names]
+
+    def share(self) -> Normalizer:
+        """`rest`, with the power vectors of now."""
+        self.rest.vectors = [self.whole.vectors[index] for index in self._shared]
+        return self.rest
+
+    def keep(self, *, in_place: bool = False) -> None:
+        """`rest.keep`, and the whole normaliser has the same power vectors."""
+        self.rest.keep(in_place=in_place)
+        for index, vectors in zip(self._shared, self.rest.vectors, strict=True):
+            self.whole.vectors[index] = vectors
+
+
+class FusedStep(OfMatrices):
+    """Their step on a CPU, a matrix at a time."""
+
+    def __init__(self, norm: ModularNorm, placements: Mapping[str, Placement], whole: Normalizer):
+        super().__init__(norm, placements, whole)
+        self._parts = [part for parts in self.parts.values() for part in parts]
         self._noted: list[tuple[Any, ...]] = []  # what `_note` saw, and
         self._checked = False  # whether it looked for what is not finite
         self._mine: Active = []  # of this step
+
+    def _fits(self, part: Part) -> bool:
+        return part.dense
+
+    def _takes(self, buffer: Tensor) -> bool:
+        return cpu.takes(buffer)
 
     def ready(self, base: Optimizer, groups: Groups, active: Active, nonfinite: str, largest: float) -> bool:
         """Whether this step can be done so: all parameters of matrices move, their power vectors are warm, the kernels
         can stand in for the base, nothing is added to gradients, and (unless `nonfinite` is "unchecked") all updates
         will be finite, because no entry of the averages, nor the `largest` of the gradients, reaches `LARGE`."""
         self._mine = [item for item in active if item[1] in self.names]
-        if not self._mine or len(self._mine) != len(self.names) or not _plain(base, groups):
+        if not self._mine or len(self._mine) != len(self.names) or not plain(base, groups):
             return False
         if any(group["weight_decay"] and not group.get("decoupled_weight_decay") for group in base.param_groups):
             return False
-        steps, vectors = self.whole.steps, self.whole.vectors
-        for part in self._parts:
-            if vectors[part.spectral] is None or min(map(steps.__getitem__, part.keys)) < COLD_STEPS:
-                return False
+        if not self.is_warm():
+            return False
         checked = nonfinite != "unchecked"
         if checked and not largest < LARGE:
             return False
@@ -183,21 +238,6 @@ class FusedStep:
                     (p, average, square, state["step"], average._version, square._version)
                     for (_, _, p), state, (average, square) in zip(self._mine, states, pairs, strict=True)
                 ]
-
-    def others(self, active: Active) -> Active:
-        """What `rest` is for."""
-        return [item for item in active if item[1] not in self.names]
-
-    def share(self) -> Normalizer:
-        """`rest`, with the power vectors of now."""
-        self.rest.vectors = [self.whole.vectors[index] for index in self._shared]
-        return self.rest
-
-    def keep(self) -> None:
-        """`rest.keep`, and the whole normaliser has the same power vectors."""
-        self.rest.keep()
-        for index, vectors in zip(self._shared, self.rest.vectors, strict=True):
-            self.whole.vectors[index] = vectors
 
     def step(self, groups: Groups, *, guarded: bool) -> list[str]:
         """After `ready`: steps the base's state, the power vectors and the weights. Returns, if `guarded`, parameters
@@ -239,25 +279,33 @@ class FusedStep:
         return bad
 
 
-def _part(bucket: Bucket, line: Line, owners: Sequence[int], number: int) -> _Part | None:
-    """What the kernel needs to know of a line of a bucket, the `number`-th of all, or None if it is no part of full
-    rows or columns, made of matrices with power vectors (`owners`: the line of each set of them)."""
+def _part(bucket: Bucket, line: Line, owners: Sequence[int], number: int) -> Part | None:
+    """What a kernel needs to know of a line of a bucket, the `number`-th of all, or None if its rows are not whole in
+    memory, or it is not made of matrices with power vectors (`owners`: the line of each set of them)."""
     atom, view = line.atom, torch.empty(bucket.shape, device="meta")
     for part in line.slices:
         if view.shape[part.axis] != part.period:
             return None
         view = part.read(view)
-    in_columns = view.dim() == 2 and view.stride(1) == 1 and view.shape[1] % 16 == 0
-    if number not in owners or not isinstance(atom, KINDS) or not (view.is_contiguous() or in_columns):
+    if number not in owners or not isinstance(atom, KINDS):
+        return None
+    row = 2 if isinstance(atom, Experts) else 1  # the first axis within a row
+    if not view[(0,) * row].is_contiguous():
         return None
     pieces, rows, columns = atom.matrices(view).shape
     taps = atom.taps if isinstance(atom, Conv) else 1
-    return _Part(
+    ld = columns * taps if view.is_contiguous() else view.stride(row - 1)
+    in_columns = view.dim() == 2 and view.shape[1] % 16 == 0
+    return Part(
         names=bucket.names,
         keys=tuple(leaf.key for leaf in line.leaves),
+        line=number,
         spectral=owners.index(number),
+        atom=atom,
         offset=int(view.storage_offset()),
-        shape=(pieces // taps, taps, rows, columns, columns * taps if view.is_contiguous() else view.stride(0)),
+        shape=(pieces // taps, taps, rows, columns, ld),
+        apart=view.stride(0) if row == 2 else rows * ld,
+        dense=view.is_contiguous() or in_columns,
         targets=tuple(leaf.target for leaf in line.leaves),
         over_unit=tuple(leaf.target / atom.unit for leaf in line.leaves),
         decays=atom.decays,

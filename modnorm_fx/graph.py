@@ -4,7 +4,8 @@ A graph repeats the same kernels on the same addresses. So everything that chang
 that the graph reads: gradients (copied to where they were at capture if they have moved), learning rates and weight
 decay. Whatever else is changed (betas, parameters, whether there is decay) makes the optimizer capture again. Nothing
 in the step waits for the device: an update that is not finite is found there, changes no weight, and is reported after
-the replay (which then waits), as it is without a graph. `nonfinite="unchecked"` leaves all that out.
+the replay (which then waits), as it is without a graph. `nonfinite="unchecked"` leaves all that out. A step with Triton
+kernels is done once as it is before it is captured, which compiles and loads them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .normalizer import Normalizer
 if TYPE_CHECKING:
     from .optim import ModularOptimizer
 
-__all__ = ["GraphedStep", "check_capturable"]
+__all__ = ["GraphedStep", "check_capturable", "step_key"]
 
 
 def check_capturable(base: Optimizer, weight_dependent: bool) -> None:
@@ -80,7 +81,7 @@ class GraphedStep:
                 why="a CUDA graph repeats the same work every step, for the same parameters",
                 do="freeze it (requires_grad_(False)), or use backend='eager' or 'compile'",
             )
-        self._key = _key(opt, normalizer, active)
+        self._key = step_key(opt, normalizer, active)
         self._gradients: list[Any] = [p.grad for _, _, p in active]
         self._rates = normalizer.rates(opt._settings(active))
         self._bad = torch.zeros((), dtype=torch.bool, device=active[0][2].device)
@@ -88,25 +89,27 @@ class GraphedStep:
         self._checks = opt.nonfinite != "unchecked"
         weights = {name: p for _, name, p in active}
         self._normalizer = normalizer
+        fused = opt._triton_step(normalizer, active)
+        part = normalizer if fused is None else fused
 
         def run() -> None:
             for (_, _, p), gradient in zip(active, self._gradients, strict=True):
                 p.grad = gradient
-            steps, rates = opt._factors(normalizer, active, None), self._rates
+            steps, rates = opt._factors(normalizer, active, None, fused), self._rates
             if self._checks:
                 self.marks = normalizer.marks(steps)
                 fine = torch.stack([marks.all() for marks in self.marks]).all()
                 self._bad.copy_(~fine)
-                steps = normalizer.withhold(steps, fine)
+                steps = part.withhold(steps, fine)
                 rates = [None if rate is None else rate.withhold(fine) for rate in rates]
-            normalizer.keep(in_place=True)
-            normalizer.apply_(steps, weights, rates)
+            part.keep(in_place=True)
+            part.apply_(steps, weights, rates)
 
         self._run = record(run)
 
     def fits(self, opt: ModularOptimizer, normalizer: Normalizer, active: Active) -> bool:
         """Whether a replay would do what a step now should."""
-        return self._key == _key(opt, normalizer, active)
+        return self._key == step_key(opt, normalizer, active)
 
     def replay(self, settings: Mapping[str, tuple[float | Tensor, float]], active: Active) -> bool:
         """Does the step; returns whether it was refused because an update was not finite."""
@@ -124,7 +127,7 @@ class GraphedStep:
         return self._checks and bool(self._bad)
 
 
-def _key(opt: ModularOptimizer, normalizer: Normalizer, active: Active) -> tuple[Any, ...]:
+def step_key(opt: ModularOptimizer, normalizer: Normalizer, active: Active) -> tuple[Any, ...]:
     """Everything that a captured step takes for granted."""
     live = ("params", "param_names", "lr", "weight_decay", "initial_lr")
     groups = [repr(sorted((k, v) for k, v in group.items() if k not in live)) for group in opt.param_groups]

@@ -51,7 +51,7 @@ class Normalizer:
             optimizer captures its whole step (`graph`).
 
     Attributes:
-        source: the text of the generated code.
+        source: the text of the generated code. targets: those of each line, `[n]`, on the device of its updates.
         buffers: a stack `[n, *shape]` for each bucket. updates: parameter -> its part of a buffer.
         vectors: power vectors, one stack `[n·pieces, 8, columns]` for each power iteration in the code.
         steps: leaf key -> how often its power vectors have been renewed, up to `COLD_STEPS`.
@@ -71,13 +71,14 @@ class Normalizer:
         if self._triton and importlib.util.find_spec("triton") is None:
             raise OptimizerError(f"backend={backend!r} needs triton.", do="pip install triton, or use another backend")
         self._tables: dict[tuple[int, ...], Tensor] = {}
+        self.rehearsed: Any = None  # the step that the optimizer would capture, once it has been done without capture
         self._code: Any = module
         self.buffers = [
             torch.zeros(len(names), *shape, dtype=dtype, device=device)
             for names, shape, (dtype, device) in zip(module.NAMES, module.SHAPES, placements, strict=True)
         ]
         self._name_updates()
-        self._targets = [self._column(line.targets.values(), self.buffers[line.bucket]) for line in module.LINES]
+        self.targets = [self._column(line.targets.values(), self.buffers[line.bucket]) for line in module.LINES]
         self._decays = [self._decay(index) for index in range(len(self.buffers))]
         self.vectors: list[Tensor | None] = [None] * len(module.SPECTRAL)
         self._fresh: list[Tensor | None] = self.vectors
@@ -110,6 +111,11 @@ class Normalizer:
         return self._code.NAMES
 
     @property
+    def lines(self) -> tuple[runtime.Line, ...]:
+        """What is measured, in the order of the code."""
+        return self._code.LINES
+
+    @property
     def owners(self) -> tuple[int, ...]:
         """The line that each set of power vectors belongs to."""
         return self._code.SPECTRAL
@@ -121,7 +127,7 @@ class Normalizer:
 
     def _decay(self, bucket: int) -> Tensor | None:
         """What weight decay is proportional to: the targets of leaves that decay, broadcastable against the bucket."""
-        lines = [(line, t) for line, t in zip(self._code.LINES, self._targets, strict=True) if line.bucket == bucket]
+        lines = [(line, t) for line, t in zip(self._code.LINES, self.targets, strict=True) if line.bucket == bucket]
         if not any(line.decays for line, _ in lines):
             return None
         buffer = self.buffers[bucket]
@@ -151,14 +157,14 @@ class Normalizer:
         ]
         if any(cold):
             given = [None if c else v for c, v in zip(cold, self.vectors, strict=True)]
-            found, fresh = self._code.factors(self.buffers, given, self._targets)
+            found, fresh = self._code.factors(self.buffers, given, self.targets)
             for index in (i for i, c in enumerate(cold) if c):
                 old, (moved, _) = self.vectors[index], taught[index]
                 if old is not None and not moved.all():
                     pieces = moved.repeat_interleave(len(old) // len(moved))
                     fresh[index] = torch.where(pieces[:, None, None], fresh[index], old)
         else:
-            found, fresh = self._warm(self.buffers, self.vectors, self._targets)
+            found, fresh = self._warm(self.buffers, self.vectors, self.targets)
         self._learned = [k for moved, keys in taught.values() for m, k in zip(moved.tolist(), keys, strict=True) if m]
         self._fresh = fresh
         return found
@@ -210,7 +216,7 @@ class Normalizer:
     def keep(self, *, in_place: bool = False) -> None:
         """Power vectors of the last `factors` are those that the next one starts from; `in_place` they stay where they
         are in memory."""
-        if in_place:
+        if in_place and self.vectors:
             torch._foreach_copy_(self.vectors, self._fresh)  # type: ignore[arg-type]
         else:
             self.vectors = list(self._fresh)

@@ -22,11 +22,12 @@ from .buckets import Placement
 from .codegen import make
 from .errors import FormatError, ModelMismatchError, NonFiniteError, OptimizerError
 from .fused_adamw import FusedStep
-from .graph import GraphedStep, check_capturable
+from .graph import GraphedStep, check_capturable, step_key
 from .kernels import cpu
 from .normalizer import BACKENDS, Normalizer
 
 if TYPE_CHECKING:
+    from .fused_triton import TritonMatrices, TritonStep
     from .norm import ModularNorm
 
 __all__ = ["ModularOptimizer"]
@@ -58,6 +59,8 @@ class ModularOptimizer(Optimizer):
         mode: "normalize" scales the base's update (the paper); "dualize" replaces it by its dual, the steepest step.
         backend: of the generated normaliser: "auto", "eager", "compile" or "triton" (see `Normalizer`), or "cudagraph"
             or "cudagraph-triton" (on a GPU, the whole step is captured once its power vectors are warm: see `graph`).
+            With a plain Adam or AdamW in float32, "auto" on a CPU and those with Triton on a GPU never store the update
+            of matrices once they are warm (see `FusedStep` and `fused_triton`).
         nonfinite: "raise" NonFiniteError when a gradient or update holds NaN or infinity, "skip" that step, or leave it
             "unchecked" (no synchronisation, one reading of the gradients less).
         weight_dependent: whether the base's update depends on the weights; None looks its class up.
@@ -107,7 +110,7 @@ class ModularOptimizer(Optimizer):
         self._saved: dict[str, Any] = {}  # state of leaves that it does not hold
         self._placements: dict[str, Placement] = {}
         self._graph: GraphedStep | None = None
-        self._fused: FusedStep | None = None
+        self._fused: FusedStep | TritonMatrices | None = None
         self._largest = math.inf  # gradient of this step, where it is known
         self._number = step_op.enlist(self)
         self._check_known([(i, p) for i, group in enumerate(base.param_groups) for p in group["params"]])
@@ -275,38 +278,75 @@ class ModularOptimizer(Optimizer):
         return losses[0] if losses else None
 
     def _run(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> None:
-        """The step, operation by operation, or that of the matrices in one (see FusedStep)."""
+        """The step, operation by operation, or that of the matrices in one or two (see FusedStep and TritonStep)."""
         checked = self.nonfinite != "unchecked"
-        fused = None if closure is not None else self._fused_step(normalizer, active)
-        others = active if fused is None else fused.others(active)
-        part = normalizer if fused is None else fused.share()
-        factors = self._factors(part, others, closure) if others or fused is None else []
+        if closure is None and (whole := self._fused_step(normalizer, active)) is not None:
+            self._run_fused(whole, active, checked)
+            return
+        fused = None if closure is not None else self._triton_step(normalizer, active)
+        part = normalizer if fused is None else fused
+        factors = self._factors(normalizer, active, closure, fused)
+        if checked and (bad := normalizer.refused(factors)):
+            self._refuse("update", bad)
+        part.keep()
+        part.apply_(factors, {name: p for _, name, p in active}, normalizer.rates(self._settings(active)))
+
+    def _run_fused(self, fused: FusedStep, active: Active, checked: bool) -> None:
+        others, part = fused.others(active), fused.share()
+        factors = self._factors(part, others, None) if others else []
         if checked and (bad := part.refused(factors)):
             self._refuse("update", bad)
-        if fused is not None and (bad := fused.step(self.param_groups, guarded=checked)):
+        if bad := fused.step(self.param_groups, guarded=checked):
             self._refuse("update", bad)
-        if others or fused is None:
-            part.keep() if fused is None else fused.keep()
+        if others:
+            fused.keep()
             part.apply_(factors, {name: p for _, name, p in others}, part.rates(self._settings(others)))
 
     def _fused_step(self, normalizer: Normalizer, active: Active) -> FusedStep | None:
-        """The kernel of whole steps, if it can do this one."""
-        if self.backend != "auto" or self.mode != "normalize" or type(self.base) not in fused_adamw.KNOWN:
+        """The C++ kernel of whole steps, if it can do this one."""
+        if self.backend != "auto" or not self._can_fuse(normalizer) or not cpu.available():
             return None
-        if self._base_step.weight_dependent or not cpu.available() or any(v is None for v in normalizer.vectors):
-            return None
-        if self._fused is None or self._fused.whole is not normalizer:
+        if not isinstance(self._fused, FusedStep) or self._fused.whole is not normalizer:
             self._fused = FusedStep(self.norm, self._placements, normalizer)
         fits = self._fused.ready(self.base, self.param_groups, active, self.nonfinite, self._largest)
         return self._fused if fits else None
 
-    def _factors(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> list[Tensor]:
+    def _triton_step(self, normalizer: Normalizer, active: Active) -> TritonStep | None:
+        """The step of matrices by Triton kernels that store no update, if they can do this one."""
+        if "triton" not in self.backend or not self._can_fuse(normalizer):
+            return None
+        from .fused_triton import TritonMatrices  # which imports triton
+
+        if not isinstance(self._fused, TritonMatrices) or self._fused.whole is not normalizer:
+            self._fused = TritonMatrices(self.norm, self._placements, normalizer)
+        return self._fused.step(self.base, self.param_groups, active)
+
+    def _can_fuse(self, normalizer: Normalizer) -> bool:
+        plain = self.mode == "normalize" and type(self.base) in fused_adamw.KNOWN
+        return plain and not self._base_step.weight_dependent and all(v is not None for v in normalizer.vectors)
+
+    def _factors(
+        self,
+        normalizer: Normalizer,
+        active: Active,
+        closure: Callable[[], Any] | None,
+        fused: TritonStep | None = None,
+    ) -> list[Tensor]:
+        """Of all buckets, for the updates of the base, which are written to them but for those that `fused` makes."""
+        if fused is not None:
+            if fused.rest.names:
+                with fused.hidden():
+                    self._write_updates(fused.rest, fused.others(active), None)
+            return fused.factors()
+        self._write_updates(normalizer, active, closure)
+        return normalizer.factors()
+
+    def _write_updates(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> None:
         self._base_step.write_updates(self.param_groups, active, normalizer.updates, closure)
         moving = {name for _, name, _ in active}
         still = [update for name, update in normalizer.updates.items() if name not in moving]
         if still:
             torch._foreach_zero_(still)
-        return normalizer.factors()
 
     def _settings(self, active: Active) -> dict[str, tuple[float | Tensor, float]]:
         """Learning rate and weight decay of every parameter that steps."""
@@ -317,6 +357,10 @@ class ModularOptimizer(Optimizer):
         """The step as a CUDA graph, captured when there is none for these parameters and settings."""
         if self._graph is None or not self._graph.fits(self, normalizer, active):
             self._graph = None  # its memory is free before the next one is captured
+            if "triton" in self.backend and normalizer.rehearsed != (key := step_key(self, normalizer, active)):
+                self._run(normalizer, active, None)  # compiles and loads kernels, which cannot be done in a capture
+                normalizer.rehearsed = key
+                return
             self._graph = GraphedStep(self, normalizer, active)
         if self._graph.replay(self._settings(active), active):
             self._refuse("update", normalizer.named(self._graph.marks))

@@ -25,6 +25,7 @@ __all__ = [
     "polar_factor",
     "power_iteration",
     "probe",
+    "renewed",
     "ritz",
     "semi_orthogonal",
     "spectral_norms",
@@ -141,13 +142,18 @@ def power_iteration(matrices: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         v = u @ m.mH
         z = v @ m
         longest, index = torch.linalg.vector_norm(m, dim=-1).max(-1)
+    return renewed(u, v, z, longest, m.take_along_dim(index[:, None, None], dim=1))
+
+
+def renewed(u: Tensor, v: Tensor, z: Tensor, longest: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """What `power_iteration` makes of its products `v = u Wᴴ` `[P, k, R]` and `z = v W` `[P, k, C]`: estimates, and the
+    vectors that follow `u` `[P, k, C]`. `longest` `[P]` is the length of W's longest row, `row` `[P, 1, C]`."""
     estimate, product = ritz(v, z)
-    row = m.take_along_dim(index[:, None, None], dim=1)
     lost = longest > estimate
     product = torch.where(lost[:, None, None], torch.cat([row, product[:, 1:]], dim=1), product)
     estimate = torch.where(lost, longest, estimate)
-    fresh = whitened(product, product @ product.mH) + DITHER * _start_block(u.shape[-2], u.shape[-1], m.device)
-    single = torch.complex64 if m.is_complex() else torch.float32
+    fresh = whitened(product, product @ product.mH) + DITHER * _start_block(u.shape[-2], u.shape[-1], u.device)
+    single = torch.complex64 if u.is_complex() else torch.float32
     fresh = torch.where(estimate[:, None, None] > TINY, fresh, u).to(single)
     return estimate, fresh.contiguous()  # as a checkpoint holds it: sums depend on strides
 

@@ -351,8 +351,8 @@ def test_the_generated_function_has_no_graph_break(mode: str) -> None:
     normalizer.normalize_(updates(NORM))
     stacks = [buffer.clone() for buffer in normalizer.buffers]
     compiled = torch.compile(module.factors, fullgraph=True, backend="aot_eager")
-    found, _ = compiled([x.clone() for x in stacks], normalizer.vectors, normalizer._targets)
-    wanted, _ = module.factors([x.clone() for x in stacks], normalizer.vectors, normalizer._targets)
+    found, _ = compiled([x.clone() for x in stacks], normalizer.vectors, normalizer.targets)
+    wanted, _ = module.factors([x.clone() for x in stacks], normalizer.vectors, normalizer.targets)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=0.0)
 

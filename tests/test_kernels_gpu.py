@@ -1,4 +1,5 @@
-"""The Triton kernels against float64 on the CPU, in Triton's interpreter, and through the compiler for Hopper.
+"""The Triton kernels against float64: on the CPU in Triton's interpreter, on a GPU if there is one; and compiled for
+Hopper.
 
 The interpreter is chosen by an environment variable before triton is first imported, which torch may already have done
 here. So the tests proper, named `check_…`, run in a second pytest that a test of this one starts on the same file; as
@@ -9,74 +10,32 @@ python_functions=check_* tests/test_kernels_gpu.py -k name`.
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inner_pytest import inner_run
+from kernel_checks import close, fused, gpu, normal, products
 
-torch.set_num_threads(1)  # the tensors are tiny
+__all__ = ["fused", "gpu"]  # fixtures
 
-ROOT = Path(__file__).resolve().parent.parent
 HALVES = (torch.bfloat16, torch.float16)
-SECONDS = 600
-
-
-def inner_run(prefix: str, **environment: str) -> None:
-    """Runs the functions of this file whose names start with `prefix` in a pytest of their own."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, "-o", f"python_functions={prefix}_*", str(Path(__file__).resolve())],
-        cwd=ROOT, env=clean | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    wanted = {name for name in globals() if name.startswith(f"{prefix}_")}
-    passed = {line.split("::")[1].partition("[")[0] for line in done.stdout.splitlines() if line.startswith("PASSED")}
-    assert passed == wanted, "some did not run"
 
 
 def test_the_kernels_in_the_interpreter() -> None:
-    inner_run("check", TRITON_INTERPRET="1")
+    inner_run(__file__, "check", TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernels_on_a_gpu() -> None:
+    inner_run(__file__, "check", KERNELS_TESTED_ON="cuda")
 
 
 def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    inner_run("hopper", TRITON_CACHE_DIR=str(tmp_path))
-
-
-@pytest.fixture
-def gpu() -> ModuleType:
-    from modnorm_fx.kernels import gpu
-
-    return gpu
-
-
-@pytest.fixture
-def fused() -> ModuleType:
-    from modnorm_fx.kernels import gpu_adamw
-
-    return gpu_adamw
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def products(w: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    v = u.double() @ w.double().mT
-    return v, v @ w.double()
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 3e-6) -> None:
-    """Largest error against the largest entry, as for sums that cancel."""
-    assert found.dtype == torch.float32 and found.shape == wanted.shape
-    assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+    inner_run(__file__, "hopper", TRITON_CACHE_DIR=str(tmp_path))
 
 
 # Power products -------------------------------------------------------------------------------------------------------
@@ -211,7 +170,10 @@ def check_max_abs_lets_nan_and_infinity_through(gpu):
 
 # Applying an update ---------------------------------------------------------------------------------------------------
 
-BROADCASTS = [(1, 1, 1, 1), (3, 1, 1, 1), (3, 4, 1, 1), (4, 1, 1), (3, 1, 1, 6), (3, 1, 5, 1), (3, 4, 5, 6), (6,), ()]
+BROADCASTS = [
+    (1, 1, 1, 1), (3, 1, 1, 1), (3, 4, 1, 1), (4, 1, 1), (3, 1, 1, 6), (3, 1, 5, 1), (3, 4, 5, 1), (1, 4, 5, 1),
+    (3, 1, 5, 6), (3, 4, 5, 6), (6,), (),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("factor", BROADCASTS, ids=str)
@@ -278,148 +240,6 @@ def check_scale_apply_makes_nonfinite_weights_visible(gpu):
 def check_what_the_kernels_take(gpu):
     assert gpu.takes(normal(2), torch.nn.Parameter(normal(3)), normal(2).bfloat16())
     assert not gpu.takes(normal(2).double()) and not gpu.takes(torch.empty(2, device="meta"))
-
-
-# AdamW ----------------------------------------------------------------------------------------------------------------
-
-
-class Reference:
-    """`torch.optim.AdamW` with lr 1 on zeros: the weights after a step are its update."""
-
-    def __init__(self, shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32, **options: object):
-        self.params = [torch.zeros(shape, dtype=dtype) for _ in range(count)]
-        self.adam = torch.optim.AdamW(self.params, lr=1.0, weight_decay=0.0, **options)
-
-    def step(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        for p, g in zip(self.params, gradients, strict=True):
-            p.zero_()
-            p.grad = g.clone()
-        self.adam.step()
-        return torch.stack(self.params)
-
-    def state(self, key: str) -> torch.Tensor:
-        return torch.stack([self.adam.state[p][key] for p in self.params])
-
-
-@pytest.mark.parametrize("shape", [(20, 50), (1, 300), (70, 1), (2, 37, 130), (3, 1500)], ids=str)
-@pytest.mark.parametrize("maximize", [False, True])
-def check_adamw_follows_torch_for_three_steps(fused, shape, maximize):
-    options = {"betas": (0.8, 0.95), "eps": 1e-6, "maximize": maximize}
-    reference = Reference(shape, 2, **options)
-    averages, squares, params = ([torch.zeros(shape) for _ in range(2)] for _ in range(3))
-    matrices = (-1, *shape[-2:])
-    for step in range(1, 4):
-        gradients = list(normal(2, *shape, seed=step))
-        update = reference.step(gradients).view(matrices)
-        u = normal(len(update), 8, shape[-1], seed=10 + step)
-        lengths = torch.empty(len(update), shape[-2])
-        corrections = fused.adamw_corrections(torch.full((2,), float(step)), options["betas"])
-        found = fused.adamw_products(gradients, averages, squares, corrections, u, row_squares=lengths, **options)
-        torch.testing.assert_close(torch.stack(averages), reference.state("exp_avg"), rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(torch.stack(squares), reference.state("exp_avg_sq"), rtol=1e-6, atol=1e-7)
-        for one, wanted in zip(found, products(update, u), strict=True):
-            close(one, wanted)
-        close(lengths, update.double().square().sum(-1))
-
-        index = lengths.argmax(1)
-        rows = fused.adamw_rows(averages, squares, corrections, index, eps=1e-6)
-        torch.testing.assert_close(rows, update.take_along_dim(index[:, None, None], 1)[:, 0], rtol=2e-6, atol=1e-7)
-
-        factor, decay = normal(2, shape[0], *(1 for _ in shape[1:]), seed=5), torch.full((1,), 0.9)
-        before = torch.stack(params)
-        fused.adamw_apply_(params, averages, squares, corrections, factor, decay, eps=1e-6)
-        wanted = 0.9 * before + factor * update.view(before.shape)
-        torch.testing.assert_close(torch.stack(params), wanted, rtol=2e-6, atol=2e-6)
-        assert all(p._version == step for p in params)
-
-
-def check_adamw_of_tensors_at_different_steps(fused):
-    corrections = fused.adamw_corrections(torch.tensor([1.0, 1000.0, 2e6]), (0.9, 0.999))
-    for (first, second), t in zip(corrections.tolist(), (1, 1000, 2_000_000), strict=True):
-        assert first == pytest.approx(1 / (1 - 0.9**t), rel=1e-7)
-        assert second == pytest.approx((1 - 0.999**t) ** -0.5, rel=1e-7)
-    averages, squares = list(normal(3, 5, 7)), list(normal(3, 5, 7, seed=1).square())
-    params = [torch.zeros(5, 7) for _ in range(3)]
-    fused.adamw_apply_(params, averages, squares, corrections, torch.ones(3, 1, 1), eps=1e-8)
-    for p, m, v, (first, second) in zip(params, averages, squares, corrections, strict=True):
-        torch.testing.assert_close(p, -first * m / (v.sqrt() * second + 1e-8), rtol=2e-6, atol=0.0)
-
-
-def check_adamw_in_parts_moves_every_entry_once(fused):
-    """A packed weight [in, 3·out] as three matrices side by side, and the rest of it as another call."""
-    shape, options = (20, 3 * 24 + 10), {"betas": (0.9, 0.99), "eps": 1e-8}
-    reference = Reference(shape, 2, **options)
-    gradients = list(normal(2, *shape, seed=1))
-    update = reference.step(gradients)
-    averages, squares = ([torch.zeros(shape) for _ in range(2)] for _ in range(2))
-    corrections = fused.adamw_corrections(torch.ones(2), options["betas"])
-    parts = (lambda t: t[:, :72].unflatten(1, (3, 24)).transpose(0, 1), lambda t: t[:, 72:])
-    for part in parts:
-        wanted = torch.stack([part(x) for x in update]).flatten(0, -3)
-        u = normal(*wanted.shape[::2], seed=2)[:, None].expand(-1, 3, -1)
-        views = ([part(t) for t in tensors] for tensors in (gradients, averages, squares))
-        found = fused.adamw_products(*views, corrections, u, **options)
-        for one, exact in zip(found, products(wanted, u), strict=True):
-            close(one, exact)
-    torch.testing.assert_close(torch.stack(averages), reference.state("exp_avg"), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(torch.stack(squares), reference.state("exp_avg_sq"), rtol=1e-6, atol=1e-7)
-
-
-def check_adamw_in_bfloat16(fused):
-    """Averages and update are near torch's (it rounds more often); the products are those of the stored averages."""
-    shape, options = (40, 70), {"betas": (0.9, 0.99), "eps": 1e-8}
-    reference = Reference(shape, 2, torch.bfloat16, **options)
-    gradients = list(normal(2, *shape, seed=1).bfloat16())
-    reference.step(gradients)
-    averages, squares, params = ([torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2)] for _ in range(3))
-    corrections, u = fused.adamw_corrections(torch.ones(2), options["betas"]), normal(2, 8, 70, seed=2)
-    found = fused.adamw_products(gradients, averages, squares, corrections, u, **options)
-    for ours, key in ((averages, "exp_avg"), (squares, "exp_avg_sq")):
-        torch.testing.assert_close(torch.stack(ours).float(), reference.state(key).float(), rtol=0.02, atol=0.0)
-    m, v = torch.stack(averages).double(), torch.stack(squares).double()
-    first, second = (column[:, None, None].double() for column in corrections.unbind(1))
-    update = -first * m / (v.sqrt() * second + 1e-8)
-    for one, wanted in zip(found, products(update, u), strict=True):
-        close(one, wanted)
-    fused.adamw_apply_(params, averages, squares, corrections, torch.full((2, 1, 1), 0.1), eps=1e-8)
-    torch.testing.assert_close(torch.stack(params).double(), 0.1 * update, rtol=0.01, atol=0.0)
-
-
-def check_adamw_loops_repeats_and_survives_eps_zero(fused, gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "MULTIPROCESSORS", 2)  # each program loops over several row blocks
-    gradients, u = list(normal(2, 200, 90)), normal(2, 5, 90, seed=1)
-    runs = []
-    for _ in range(2):
-        averages, squares = ([torch.zeros(200, 90) for _ in range(2)] for _ in range(2))
-        corrections = fused.adamw_corrections(torch.ones(2), (0.9, 0.99))
-        lists, options = (gradients, averages, squares), {"betas": (0.9, 0.99), "eps": 0.0}
-        tables = tuple(map(gpu.pointer_table, lists))
-        runs.append(fused.adamw_products(*lists, corrections, u, tables=tables, **options))
-    for one, two in zip(*runs, strict=True):
-        assert torch.equal(one, two) and one.isfinite().all()
-    for one, wanted in zip(runs[0], products(-torch.stack(gradients).sign(), u), strict=True):
-        close(one, wanted)  # the first update of Adam without eps
-
-
-def check_adamw_lets_nan_through_to_one_matrix(fused):
-    gradients = list(normal(2, 20, 30))
-    gradients[1][3, 4] = torch.nan
-    averages, squares = ([torch.zeros(20, 30) for _ in range(2)] for _ in range(2))
-    corrections, u = fused.adamw_corrections(torch.ones(2), (0.9, 0.99)), normal(2, 8, 30, seed=1)
-    v, z = fused.adamw_products(gradients, averages, squares, corrections, u, betas=(0.9, 0.99), eps=1e-8)
-    assert v[0].isfinite().all() and z[0].isfinite().all()
-    assert v[1].isnan().sum() == 8 and z[1].isnan().all()
-
-
-def check_adamw_refuses_tensors_laid_out_differently(fused):
-    lists = [[normal(4, 6)], [normal(6, 4).T], [normal(4, 6)]]
-    corrections = fused.adamw_corrections(torch.ones(1), (0.9, 0.99))
-    with pytest.raises(ValueError, match="same strides"):
-        fused.adamw_products(*lists, corrections, normal(1, 2, 6), betas=(0.9, 0.99), eps=1e-8)
-    with pytest.raises(ValueError, match="last axis"):
-        fused.adamw_products(*[[normal(6, 4).T]] * 3, corrections, normal(1, 2, 6), betas=(0.9, 0.99), eps=1e-8)
-    with pytest.raises(ValueError, match="9 power vectors"):
-        fused.adamw_products(*[[normal(4, 6)]] * 3, corrections, normal(1, 9, 6), betas=(0.9, 0.99), eps=1e-8)
 
 
 # The compiler for Hopper ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["max_abs", "pointer_table", "power_products", "row_rms", "scale_apply_", "takes"]
+__all__ = ["max_abs", "pointer_table", "power_products", "row_rms", "scale_apply_", "sent", "takes"]
 
 VECTORS = 8
 """Most power vectors per matrix (`spectral_norm.BLOCK`): they are the narrow side of every product."""
@@ -68,11 +68,15 @@ def pointer_table(tensors: Sequence[Tensor]) -> Tensor:
     It holds for as long as the tensors live where they are now (a gradient that is set to None comes back elsewhere),
     and cannot be made while a CUDA graph is captured.
     """
-    addresses = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64)
-    device = tensors[0].device
-    if device.type != "cuda":
-        return addresses
-    return addresses.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait
+    addresses = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu")
+    return sent(addresses, tensors[0].device)
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers`, on the device; nothing waits for it."""
+    if numbers.device == device:
+        return numbers
+    return numbers.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait
 
 
 # Products of power iteration ------------------------------------------------------------------------------------------
@@ -273,8 +277,8 @@ def max_abs(x: Tensor) -> Tensor:
 class Spread(NamedTuple):
     """A number for each of n tensors, or for each row, column or entry of them; what `number` needs to find it.
 
-    Entry j of tensor i has the number at `outer·i + stride·(j // inner)` (ROW), `outer·i + stride·(j % inner)`
-    (COLUMN), `outer·i` (ONE) or `outer·i + j` (EVERY). NONE: there is no such tensor.
+    Entry j of tensor i has the number at `outer·i + stride·(j // inner)` (ROW: of the first axis or the first few),
+    `outer·i + stride·(j % inner)` (COLUMN), `outer·i` (ONE) or `outer·i + j` (EVERY). NONE: there is no such tensor.
     """
 
     values: Tensor
@@ -303,6 +307,10 @@ def spread(values: Tensor | None, shape: Sequence[int], like: Tensor) -> Spread:
         return Spread(values, outer, math.prod(shape[2:]), values.stride(1), ROW.value)
     if varying == [len(shape) - 1]:
         return Spread(values, outer, shape[-1], values.stride(-1), COLUMN.value)
+    last = varying[-1] + 1
+    if last < len(shape):  # leading axes joined: a copy, but a small one
+        rows = values.expand(-1, *shape[1:last], *values.shape[last:]).flatten(1).contiguous()
+        return Spread(rows, rows.shape[1] if len(rows) > 1 else 0, math.prod(shape[last:]), 1, ROW.value)
     return Spread(values.expand(shape).contiguous(), math.prod(shape[1:]), 1, 1, EVERY.value)
 
 
@@ -382,7 +390,8 @@ def scale_apply_(
         params: n contiguous tensors of one shape, dtype (in `DTYPES`) and device.
         update: `[n, *shape]`, contiguous, in any of `DTYPES`.
         factor: float32, broadcasts against `update`. A number for each tensor (`[n, 1, …]`), row (`[n, R, 1, …]`) or
-            entry of the last axis is read where it is; anything else is copied out to the size of `update`.
+            entry of the last axis is read where it is; anything else is copied out, to the size of `update` if it
+            depends on the last axis and another.
         decay: like factor, or None for 1.
         table: `pointer_table(params)`, if it is at hand; needed while a CUDA graph is captured.
     """

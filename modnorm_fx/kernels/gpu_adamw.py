@@ -3,6 +3,7 @@
 `adamw_products` reads gradient, average and square, writes the last two, and gives the products of a power iteration on
 the update; `adamw_apply_` computes the update a second time, from average and square, and changes the weight. A plain
 AdamW step moves seven words; with the update stored in between it would be ten (see gpu.py for what the kernels share).
+`fused_triton` makes steps of them.
 
 The update is that of `torch.optim.AdamW` with lr 1 and without weight decay (amsgrad is not supported):
 `-(m / (1 - beta1^t)) / (√v / √(1 - beta2^t) + eps)`. Divisions and roots are the fast ones, off by a unit or two in the
@@ -16,6 +17,7 @@ the rounded state, so they see the same update.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,9 +42,21 @@ from .gpu import (
     written,
 )
 
-__all__ = ["adamw_apply_", "adamw_corrections", "adamw_products", "adamw_rows"]
+__all__ = ["Matrices", "adamw_apply_", "adamw_corrections", "adamw_products", "adamw_rows"]
 
 STAGES = 2  # three tensors are loaded ahead: 68 KiB of shared memory at most, and 127 registers a thread
+
+
+class Matrices(NamedTuple):
+    """Where in each of n tensors the matrices are: `pieces` of `[rows, columns]`, the first of them `offset` entries
+    after the beginning; entries of a row are neighbours."""
+
+    offset: int
+    pieces: int
+    rows: int
+    columns: int
+    piece_stride: int
+    row_stride: int
 
 
 def adamw_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
@@ -66,7 +80,7 @@ def _update(m, v, step, root, eps):
 @triton.jit
 def _products_kernel(
     gradients, averages, squares, corrections, u, z_rows, partial, row_squares,
-    Q, piece_stride, row_stride, R, C, parts, each,
+    offset, Q, piece_stride, row_stride, R, C, parts, each,
     beta2, rest1, rest2, eps,
     G_DTYPE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MAXIMIZE: tl.constexpr,
     K: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -76,7 +90,7 @@ def _products_kernel(
     piece = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     i = piece // Q
-    base = (piece % Q) * piece_stride
+    base = offset + (piece % Q) * piece_stride
     gradient = pointer(gradients, i, G_DTYPE, ALIGNED) + base
     average = pointer(averages, i, DTYPE, ALIGNED) + base
     square = pointer(squares, i, DTYPE, ALIGNED) + base
@@ -132,8 +146,8 @@ def _products_kernel(
         tl.debug_barrier()  # as in _power_kernel
 
 
-def _matrices(*lists: Sequence[Tensor]) -> tuple[int, int, int, int, int]:
-    """`(Q, R, C, stride of Q, stride of R)` of lists of tensors `[Q, R, C]` or `[R, C]`, all laid out alike."""
+def _matrices(*lists: Sequence[Tensor]) -> Matrices:
+    """Those of lists of tensors `[Q, R, C]` or `[R, C]`, all laid out alike."""
     first = lists[0][0]
     if any(t.shape != first.shape or t.stride() != first.stride() for tensors in lists for t in tensors):
         raise ValueError("modnorm_fx: gradients, averages and squares must have one shape and the same strides.")
@@ -141,7 +155,7 @@ def _matrices(*lists: Sequence[Tensor]) -> tuple[int, int, int, int, int]:
         raise ValueError("modnorm_fx: the last axis must have stride 1.")
     rows, columns = first.shape[-2:]
     pieces, stride = (first.shape[0], first.stride(0)) if first.dim() == 3 else (1, 0)
-    return pieces, rows, columns, stride, first.stride(-2)
+    return Matrices(0, pieces, rows, columns, stride, first.stride(-2))
 
 
 def adamw_products(
@@ -156,6 +170,7 @@ def adamw_products(
     maximize: bool = False,
     row_squares: Tensor | None = None,
     tables: tuple[Tensor, Tensor, Tensor] | None = None,
+    where: Matrices | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Moves AdamW's averages on by one step, in place; for its update x, `(v = u xᵀ [P, K, R], z = v x [P, K, C])`.
 
@@ -167,11 +182,12 @@ def adamw_products(
         u: `[P, K, C]` float32, `K <= gpu.VECTORS`.
         row_squares: float32 `[P, R]`, contiguous; gets the squared length of every row of the update.
         tables: the `pointer_table` of each of the three lists, if they are at hand; needed under graph capture.
+        where: the matrices in each tensor, if they are not all of it; the tensors are then contiguous, of any shape.
 
-    Every entry of the state moves on once each call: to cover a tensor by several calls, give them disjoint views.
+    Every entry of the state moves on once each call: to cover a tensor by several calls, give them disjoint parts.
     Deterministic. Average and square are read again, from the cache where a row block of both fits (`gpu.split`).
     """
-    inner, rows, columns, piece_stride, row_stride = _matrices(gradients, averages, squares)
+    offset, inner, rows, columns, piece_stride, row_stride = where or _matrices(gradients, averages, squares)
     pieces, count = len(gradients) * inner, u.shape[1]
     if count > VECTORS:
         raise ValueError(f"modnorm_fx: {count} power vectors, but the kernel holds at most {VECTORS}.")
@@ -185,7 +201,7 @@ def adamw_products(
     with torch.cuda.device_of(u):
         _products_kernel[(pieces * how.parts,)](
             *tables, corrections, u, v, partial, v if row_squares is None else row_squares,
-            inner, piece_stride, row_stride, rows, columns, how.parts, how.each,
+            offset, inner, piece_stride, row_stride, rows, columns, how.parts, how.each,
             betas[1], 1.0 - betas[0], 1.0 - betas[1], eps,
             G_DTYPE=DTYPES[gradients[0].dtype], DTYPE=DTYPES[state.dtype],
             ALIGNED=aligned(gradients, averages, squares), MAXIMIZE=maximize,
@@ -197,14 +213,14 @@ def adamw_products(
 
 @triton.jit
 def _rows_kernel(
-    averages, squares, corrections, index, out, Q, piece_stride, row_stride, C, eps,
+    averages, squares, corrections, index, out, offset, Q, piece_stride, row_stride, C, eps,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """One program: `ENTRIES` entries of one row of the update of one matrix."""
     piece = tl.program_id(1).to(tl.int64)
     i = piece // Q
     columns = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    at = (piece % Q) * piece_stride + tl.load(index + piece) * row_stride + columns
+    at = offset + (piece % Q) * piece_stride + tl.load(index + piece) * row_stride + columns
     m = tl.load(pointer(averages, i, DTYPE, ALIGNED) + at, mask=columns < C, other=0.0).to(tl.float32)
     v = tl.load(pointer(squares, i, DTYPE, ALIGNED) + at, mask=columns < C, other=0.0).to(tl.float32)
     x = _update(m, v, tl.load(corrections + 2 * i), tl.load(corrections + 2 * i + 1), eps)
@@ -219,17 +235,18 @@ def adamw_rows(
     *,
     eps: float,
     tables: tuple[Tensor, Tensor] | None = None,
+    where: Matrices | None = None,
 ) -> Tensor:
     """Row `index[p]` of the update of each of the P matrices of `adamw_products`, after that call: float32 `[P, C]`.
 
     `index` is int64 `[P]`, on the device. For the row that replaces a power vector which has lost track.
     """
-    inner, _, columns, piece_stride, row_stride = _matrices(averages, squares)
+    offset, inner, _, columns, piece_stride, row_stride = where or _matrices(averages, squares)
     out = torch.empty(len(averages) * inner, columns, dtype=torch.float32, device=index.device)
     tables = tables or (pointer_table(averages), pointer_table(squares))
     with torch.cuda.device_of(index):
         _rows_kernel[(triton.cdiv(columns, APPLY_ENTRIES), len(out))](
-            *tables, corrections, index, out, inner, piece_stride, row_stride, columns, eps,
+            *tables, corrections, index, out, offset, inner, piece_stride, row_stride, columns, eps,
             DTYPE=DTYPES[averages[0].dtype], ALIGNED=aligned(averages, squares), ENTRIES=APPLY_ENTRIES, num_warps=4,
         )  # fmt: skip
     return out
@@ -252,7 +269,8 @@ def _apply_kernel(
     x = _update(m, v, tl.load(corrections + 2 * i), tl.load(corrections + 2 * i + 1), eps)
     if DECAY != NONE:
         weight *= number(decay, i, j, decay_outer, decay_inner, decay_stride, DECAY, inside)
-    weight += number(factor, i, j, factor_outer, factor_inner, factor_stride, FACTOR, inside) * x
+    by = number(factor, i, j, factor_outer, factor_inner, factor_stride, FACTOR, inside)
+    weight += tl.where(by == 0.0, 0.0, by * x)
     tl.store(p, weight.to(DTYPE), mask=inside)
 
 
@@ -268,6 +286,7 @@ def adamw_apply_(
     tables: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """`gpu.scale_apply_` with the update of AdamW, computed from averages and squares as `adamw_products` left them.
+    Where the factor is 0, an update that is not finite changes nothing: so a captured step is refused.
 
     All lists hold n contiguous tensors of one shape; `factor` and `decay` broadcast against `[n, *shape]`. `tables` are
     the `pointer_table` of each list.
