@@ -158,10 +158,10 @@ class TritonStep:
                     p.grad = gradient
 
     @torch.no_grad()
-    def factors(self) -> list[Tensor]:
+    def factors(self, *, learn: bool = True) -> list[Tensor]:
         """Moves the averages on; the base has written the updates of the others to the buffers of `rest` before."""
         self.matrices.share()
-        others = iter(self.rest.factors())
+        others = iter(self.rest.factors(learn=learn))
         self._corrections = self._counted()
         return [
             self._measured(index, self._stacks[index]) if index in self._stacks else next(others)

@@ -5,7 +5,8 @@ that the graph reads: gradients (copied to where they were at capture if they ha
 decay. Whatever else is changed (betas, parameters, whether there is decay) makes the optimizer capture again. Nothing
 in the step waits for the device: an update that is not finite is found there, changes no weight, and is reported after
 the replay (which then waits), as it is without a graph. `nonfinite="unchecked"` leaves all that out. A step with Triton
-kernels is done once as it is before it is captured, which compiles and loads them.
+kernels is done once as it is before it is captured, which compiles and loads them. A leaf whose first update that is
+not zero comes in a replay takes one step of power iteration like the others, from vectors that have not converged.
 """
 
 from __future__ import annotations
@@ -89,13 +90,14 @@ class GraphedStep:
         self._checks = opt.nonfinite != "unchecked"
         weights = {name: p for _, name, p in active}
         self._normalizer = normalizer
+        self._vectors = list(normalizer.vectors)  # which the graph writes to
         fused = opt._triton_step(normalizer, active)
         part = normalizer if fused is None else fused
 
         def run() -> None:
             for (_, _, p), gradient in zip(active, self._gradients, strict=True):
                 p.grad = gradient
-            steps, rates = opt._factors(normalizer, active, None, fused), self._rates
+            steps, rates = opt._factors(normalizer, active, None, fused, learn=False), self._rates
             if self._checks:
                 self.marks = normalizer.marks(steps)
                 fine = torch.stack([marks.all() for marks in self.marks]).all()
@@ -109,7 +111,8 @@ class GraphedStep:
 
     def fits(self, opt: ModularOptimizer, normalizer: Normalizer, active: Active) -> bool:
         """Whether a replay would do what a step now should."""
-        return self._key == step_key(opt, normalizer, active)
+        same = all(held is now for held, now in zip(self._vectors, normalizer.vectors, strict=True))
+        return same and self._key == step_key(opt, normalizer, active)
 
     def replay(self, settings: Mapping[str, tuple[float | Tensor, float]], active: Active) -> bool:
         """Does the step; returns whether it was refused because an update was not finite."""

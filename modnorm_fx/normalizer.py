@@ -142,15 +142,19 @@ class Normalizer:
     # Measuring ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def factors(self) -> list[Tensor]:
+    def factors(self, *, learn: bool = True) -> list[Tensor]:
         """The factor of each buffer that brings its updates to their targets, broadcastable against it; NaN where an
         update is not finite. Dualising normalisers turn the buffers into duals first. `keep` keeps the power vectors.
+
+        Without `learn`, which asks the device what has moved, a leaf that moves for the first time is not iterated to
+        convergence.
         """
         with kernels.triton(self._triton):
-            return self._factors()
+            return self._factors(learn)
 
-    def _factors(self) -> list[Tensor]:
-        taught = {index: self._taught(index) for index in range(len(self.vectors)) if self._has_young(index)}
+    def _factors(self, learn: bool) -> list[Tensor]:
+        young = [index for index in range(len(self.vectors)) if self._has_young(index)] if learn else []
+        taught = {index: self._taught(index) for index in young}
         cold = [
             vectors is None or (index in taught and self._is_cold(*taught[index]))
             for index, vectors in enumerate(self.vectors)

@@ -331,15 +331,16 @@ class ModularOptimizer(Optimizer):
         active: Active,
         closure: Callable[[], Any] | None,
         fused: TritonStep | None = None,
+        learn: bool = True,
     ) -> list[Tensor]:
         """Of all buckets, for the updates of the base, which are written to them but for those that `fused` makes."""
         if fused is not None:
             if fused.rest.names:
                 with fused.hidden():
                     self._write_updates(fused.rest, fused.others(active), None)
-            return fused.factors()
+            return fused.factors(learn=learn)
         self._write_updates(normalizer, active, closure)
-        return normalizer.factors()
+        return normalizer.factors(learn=learn)
 
     def _write_updates(self, normalizer: Normalizer, active: Active, closure: Callable[[], Any] | None) -> None:
         self._base_step.write_updates(self.param_groups, active, normalizer.updates, closure)

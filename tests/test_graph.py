@@ -140,6 +140,28 @@ def test_a_parameter_without_gradient_is_refused_at_capture(device: str) -> None
         opt.step()
 
 
+def test_nothing_is_asked_of_the_device_where_a_leaf_has_never_moved(
+    device: str, captures: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, opt = setup(device, "cudagraph", base="SGD")
+    for step in range(COLD_STEPS + 1):
+        opt.zero_grad()
+        backward(model, step)
+        model.down.weight.grad.zero_()
+        if step == COLD_STEPS:
+            monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("a capture cannot wait for the device"))
+        opt.step()
+    assert len(captures) == 1 and opt._normalizer.steps["down.weight"] == 0
+
+
+def test_vectors_at_another_place_are_captured_again(device: str, captures: list[int]) -> None:
+    model, opt = setup(device, "cudagraph")
+    train(model, opt, COLD_STEPS + 2)
+    opt._normalizer.vectors = [vectors.clone() for vectors in opt._normalizer.vectors]
+    train(model, opt, 2, start=COLD_STEPS + 2)
+    assert len(captures) == 2
+
+
 def test_groups_added_later_are_captured_too(device: str, captures: list[int]) -> None:
     results = []
     for backend in ("eager", "cudagraph"):
