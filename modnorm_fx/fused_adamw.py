@@ -183,7 +183,7 @@ class FusedStep(OfMatrices):
 
     def __init__(self, norm: ModularNorm, placements: Mapping[str, Placement], whole: Normalizer):
         super().__init__(norm, placements, whole)
-        self._parts = [part for parts in self.parts.values() for part in parts]
+        self._calls = [call for parts in self.parts.values() for call in ([parts] if _tile(parts) else zip(parts))]
         self._noted: list[tuple[Any, ...]] = []  # what `_note` saw, and
         self._checked = False  # whether it looked for what is not finite
         self._mine: Active = []  # of this step
@@ -259,16 +259,18 @@ class FusedStep(OfMatrices):
         lrs = [float(group["lr"]) for group in groups]
         shrinks = [lr * float(group["weight_decay"]) for lr, group in zip(lrs, groups, strict=True)]
         bad = []
-        for part in self._parts:
+        for parts in self._calls:
+            part, *_ = parts
             given = [owner[name] for name in part.names]
-            vectors: Any = self.whole.vectors[part.spectral]
-            vectors = self.whole.vectors[part.spectral] = vectors.contiguous()
+            for x in parts:
+                vectors: Any = self.whole.vectors[x.spectral]
+                self.whole.vectors[x.spectral] = vectors.contiguous()
             norms = cpu.step_matrices(
                 [[address + 4 * part.offset for address in places[name]] for name in part.names],
                 [settings[name] for name in part.names],
-                [lrs[i] * size for i, size in zip(given, part.over_unit, strict=True)],
-                [1.0 - shrinks[i] * size * part.decays for i, size in zip(given, part.targets, strict=True)],
-                vectors,
+                [lrs[i] * x.over_unit[at] for at, i in enumerate(given) for x in parts],
+                [1.0 - shrinks[i] * x.targets[at] * x.decays for at, i in enumerate(given) for x in parts],
+                [self.whole.vectors[x.spectral] for x in parts],  # type: ignore[misc]
                 spectral_norm.dither(part.shape[3]),
                 spectral_norm.DITHER,
                 part.shape,
@@ -277,6 +279,15 @@ class FusedStep(OfMatrices):
             if guarded and not norms.sum().isfinite():
                 bad += [name for name, x in zip(part.names, norms, strict=True) if not x.isfinite().all()]
         return bad
+
+
+def _tile(parts: Sequence[Part]) -> bool:
+    """Whether they are equal matrices side by side that make up whole rows: they are stepped together, since rows are
+    what memory likes to be read in."""
+    first = parts[0]
+    groups, taps, rows, c, ld = first.shape
+    side_by_side = all(part.shape == first.shape and part.offset == i * c for i, part in enumerate(parts))
+    return side_by_side and groups == taps == 1 and ld == len(parts) * c
 
 
 def _part(bucket: Bucket, line: Line, owners: Sequence[int], number: int) -> Part | None:

@@ -149,7 +149,7 @@ def test_nothing_is_asked_of_the_device_where_a_leaf_has_never_moved(
         backward(model, step)
         model.down.weight.grad.zero_()
         if step == COLD_STEPS:
-            monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("a capture cannot wait for the device"))
+            monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("a capture cannot wait"))
         opt.step()
     assert len(captures) == 1 and opt._normalizer.steps["down.weight"] == 0
 

@@ -120,35 +120,40 @@ struct Updating {
 
 extern "C" {
 
-// What `step_matrices` is told: n parameters, of which a part [groups·rows, c·taps] is worked on; for each group of rows
-// and each tap, one matrix [rows, c] with entries `taps` apart.
+// What `step_matrices` is told: n parameters, of which a part [groups·rows, blocks·c·taps] is worked on; for each group
+// of rows, block of columns and tap one matrix [rows, c] with entries `taps` apart. Blocks are normalised apart from each
+// other.
 struct Matrices {
   const float* const* g;
   float *const *m, *const *v, *const *w;  // [n]: addresses of the parts of gradients, averages, squares and weights
   const Adam* adam;                       // [n]
-  const float *moves, *kept;              // [n]: a step is kept·w + moves·update / largest norm
-  float* vectors;                         // [n, groups·taps, K, c], replaced
+  const float *moves, *kept;              // [n, blocks]: a step is kept·w + moves·update / largest norm
+  float* const* vectors;                  // [blocks]: [n, groups·taps, K, c], replaced
   const float* dither;                    // [K, c]
   float dither_size;
-  float* norms;  // [n, groups·taps]
-  int64_t n, groups, taps, rows, c, ld;
+  float* norms;  // [n, blocks, groups·taps]
+  int64_t n, groups, blocks, taps, rows, c, ld;
   int guarded;  // whether weights stay as they are where a norm is not finite
 };
 
-// The step of parameter p from its update: of pieces with these norms, none is scaled by more than CAP times the factor
-// of the largest.
-static void apply(const Matrices& t, int64_t p, const float* update, const float* norms, float largest, float* factors) {
-  const int64_t width = t.c * t.taps;
-  const float kept = t.kept[p];
+// The step of parameter p from its update: of the pieces of a block, with these norms, none is scaled by more than CAP
+// times the factor of the largest.
+static void apply(const Matrices& t, int64_t p, const float* update, const float* norms, const float* largest,
+                  float* factors) {
+  const int64_t span = t.c * t.taps, width = t.blocks * span, pieces = t.groups * t.taps;
   for (int64_t r = 0; r < t.groups * t.rows; ++r) {
-    if (r % t.rows == 0)
-      for (int64_t i = 0; i < width; ++i) {
-        const float norm = norms[r / t.rows * t.taps + i % t.taps], floor = largest / CAP;
-        factors[i] = largest <= TINY ? 0.0f : -t.moves[p] / (norm > floor ? norm : floor);
-      }
-    float* __restrict weight = t.w[p] + r * t.ld;
-    const float* __restrict u = update + r * width;
-    for (int64_t i = 0; i < width; ++i) weight[i] = kept * weight[i] + factors[i] * u[i];
+    for (int64_t b = 0; b < t.blocks; ++b) {
+      float* factor = factors + b * span;
+      if (r % t.rows == 0)
+        for (int64_t i = 0; i < span; ++i) {
+          const float norm = norms[b * pieces + r / t.rows * t.taps + i % t.taps], floor = largest[b] / CAP;
+          factor[i] = largest[b] <= TINY ? 0.0f : -t.moves[p * t.blocks + b] / (norm > floor ? norm : floor);
+        }
+      const float kept = t.kept[p * t.blocks + b];
+      float* __restrict weight = t.w[p] + r * t.ld + b * span;
+      const float* __restrict u = update + r * width + b * span;
+      for (int64_t i = 0; i < span; ++i) weight[i] = kept * weight[i] + factor[i] * u[i];
+    }
   }
 }
 
@@ -176,42 +181,54 @@ void power_step(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64
 // A whole step of n parameters, each while it is in the cache: AdamW's update, its norms, and the step itself.
 void step_matrices(const Matrices* given, int threads) {
   const Matrices& t = *given;
-  const int64_t pieces = t.groups * t.taps, width = t.c * t.taps, rows = t.groups * t.rows;
+  const int64_t pieces = t.groups * t.taps, span = t.c * t.taps, width = t.blocks * span, rows = t.groups * t.rows;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<Iteration> iterations(pieces);
+    std::vector<Iteration> iterations(t.blocks * pieces);
     static thread_local Floats space;  // kept: fresh memory would have to be mapped in every step
     float* update = space.fit(rows * width);
     Floats others;
-    float *tap = others.fit(ROWS * (t.c + 16) + width), *factors = tap + ROWS * (t.c + 16);
+    float *tap = others.fit(ROWS * (t.c + 16) + width + t.blocks), *factors = tap + ROWS * (t.c + 16);
+    float* largest = factors + width;
 #pragma omp for schedule(dynamic)
     for (int64_t p = 0; p < t.n; ++p) {
-      float *vectors = t.vectors + p * pieces * K * t.c, *norms = t.norms + p * pieces;
-      for (int64_t i = 0; i < pieces; ++i) iterations[i].start(vectors + i * K * t.c, t.rows, t.c);
+      float* norms = t.norms + p * t.blocks * pieces;
+      const auto vectors = [&](int64_t b, int64_t i) { return t.vectors[b] + (p * pieces + i) * K * t.c; };
+      for (int64_t b = 0; b < t.blocks; ++b)
+        for (int64_t i = 0; i < pieces; ++i) iterations[b * pieces + i].start(vectors(b, i), t.rows, t.c);
       Updating next{WideAdam(t.adam[p]), t.g[p], t.m[p], t.v[p], update, width, t.ld - width};
       next.reach(ROWS < t.rows ? ROWS : t.rows, t.adam[p]);
       for (int64_t first = 0; first < rows; first += t.rows)
         for (int64_t r = 0; r < t.rows; r += ROWS) {
           const int64_t stop = r + ROWS < t.rows ? r + ROWS : t.rows;
           const int64_t ahead = first + stop + ROWS < rows ? first + stop + ROWS : rows;
-          const float* w = update + (first + r) * width;
           next.aim(ahead);
-          for (int64_t k = 0; k < t.taps; ++k) {
-            if (t.taps > 1)
-              for (int64_t i = 0; i < (stop - r) * t.c; ++i) tap[i] = w[i * t.taps + k];
-            Iteration& iteration = iterations[first / t.rows * t.taps + k];
-            next = iteration.add(t.taps > 1 ? tap : w, t.c, r, stop - r, t.c, next);
+          for (int64_t k = 0; k < t.blocks * t.taps; ++k) {
+            const int64_t b = k / t.taps, at = k % t.taps;
+            const float* w = update + (first + r) * width + b * span;
+            int64_t gap = width;
+            if (t.taps > 1) {
+              for (int64_t j = 0; j < stop - r; ++j)
+                for (int64_t i = 0; i < t.c; ++i) tap[j * t.c + i] = w[j * width + i * t.taps + at];
+              w = tap, gap = t.c;
+            }
+            Iteration& iteration = iterations[b * pieces + first / t.rows * t.taps + at];
+            next = iteration.add(w, gap, r, stop - r, t.c, next);
           }
           next.reach(ahead, t.adam[p]);
         }
-      float largest = 0;
-      for (int64_t i = 0; i < pieces; ++i) {
-        const float* w = update + i / t.taps * t.rows * width + i % t.taps;
-        float* u = vectors + i * K * t.c;
-        norms[i] = iterations[i].finish(w, width, t.taps, t.rows, t.c, u, u, t.dither, t.dither_size);
-        if (!(norms[i] <= largest) && !std::isnan(largest)) largest = norms[i];
+      bool finite = true;
+      for (int64_t b = 0; b < t.blocks; ++b) {
+        largest[b] = 0;
+        for (int64_t i = 0; i < pieces; ++i) {
+          const float* w = update + i / t.taps * t.rows * width + b * span + i % t.taps;
+          float *u = vectors(b, i), *norm = norms + b * pieces + i;
+          *norm = iterations[b * pieces + i].finish(w, width, t.taps, t.rows, t.c, u, u, t.dither, t.dither_size);
+          if (!(*norm <= largest[b]) && !std::isnan(largest[b])) largest[b] = *norm;
+        }
+        finite = finite && std::isfinite(largest[b]);
       }
-      if (!t.guarded || std::isfinite(largest)) apply(t, p, update, norms, largest, factors);
+      if (!t.guarded || finite) apply(t, p, update, norms, largest, factors);
     }
   }
 }

@@ -103,9 +103,9 @@ def _steps_right(compiled: ctypes.CDLL, wave: Tensor, start: Tensor) -> bool:
     none, vectors = torch.zeros(8, columns, device="cpu"), start.clone()
     places = [[x.data_ptr() for x in (gradient, average, square, weight)]]
     shape = (1, 1, rows, columns, columns)
-    norms = step_matrices(places, [adam], [2.0], [0.5], vectors, none, 0.0, shape, True, compiled)
+    norms = step_matrices(places, [adam], [2.0], [0.5], [vectors], none, 0.0, shape, True, compiled)
     wanted, _ = _power_step(compiled, update[None], start, none, 0.0)
-    pairs = ((average, m), (square, v), (norms[0], wanted), (weight, 0.5 * before - 2.0 * update / wanted))
+    pairs = ((average, m), (square, v), (norms[0, 0], wanted), (weight, 0.5 * before - 2.0 * update / wanted))
     return all(torch.allclose(found, expected, rtol=1e-3, atol=1e-4) for found, expected in pairs)
 
 
@@ -228,7 +228,7 @@ class _Matrices(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("g", "m", "v", "w", "adam", "moves", "kept", "vectors", "dither")),
         ("dither_size", _float),
         ("norms", ctypes.c_void_p),
-        *((name, _long) for name in ("n", "groups", "taps", "rows", "c", "ld")),
+        *((name, _long) for name in ("n", "groups", "blocks", "taps", "rows", "c", "ld")),
         ("guarded", ctypes.c_int),
     ]
 
@@ -238,30 +238,33 @@ def step_matrices(
     settings: Sequence[Adam],
     moves: Sequence[float],
     kept: Sequence[float],
-    vectors: Tensor,
+    vectors: Sequence[Tensor],
     dither: Tensor,
     amount: float,
     shape: tuple[int, int, int, int, int],
     guarded: bool,
     compiled: ctypes.CDLL | None = None,
 ) -> Tensor:
-    """A whole step of AdamW, normalised, for the same part of n parameters; norms `[n, groups·taps]`.
+    """A whole step of AdamW, normalised, for the same part of n parameters; norms `[n, blocks, groups·taps]`.
 
     `weight = kept · weight + moves · update / norm` piece by piece, where no factor is more than `PIECE_CAP` times that
-    of the largest piece.
+    of the largest piece of the block.
 
     Args:
         places: addresses of the part in gradient, average, average of squares and weight, all float32, of each
-        parameter. vectors: `[n·groups·taps, 8, c]`, replaced. shape: groups, taps, rows, c and ld, as in cpu.cpp.
+        parameter. moves, kept: for each parameter and block of columns. vectors: for each block
+        `[n·groups·taps, 8, c]`, replaced. shape: groups, taps, rows, c and ld, as in cpu.cpp.
         guarded: whether weights stay as they are where a norm is not finite. compiled: the library, if not `library()`.
     """
-    n = len(places)
-    norms = torch.empty(n, shape[0] * shape[1], device="cpu")
+    n, blocks = len(places), len(vectors)
+    groups, taps, *sizes = shape
+    norms = torch.empty(n, blocks, groups * taps, device="cpu")
     pointers: list[Any] = [(ctypes.c_void_p * n)(*column) for column in zip(*places, strict=True)]
-    numbers: list[Any] = [(Adam * n)(*settings), (_float * n)(*moves), (_float * n)(*kept)]
+    numbers: list[Any] = [(Adam * n)(*settings), (_float * (n * blocks))(*moves), (_float * (n * blocks))(*kept)]
+    arrays = [*pointers, *numbers, _addresses(vectors)]
     given = _Matrices(
-        *(ctypes.addressof(array) for array in (*pointers, *numbers)), vectors.data_ptr(), dither.data_ptr(), amount,
-        norms.data_ptr(), n, *shape, guarded,
+        *map(ctypes.addressof, arrays), dither.data_ptr(), amount, norms.data_ptr(), n, groups, blocks, taps, *sizes,
+        guarded,
     )  # fmt: skip
     (compiled or _library()).step_matrices(ctypes.byref(given), torch.get_num_threads())
     return norms
