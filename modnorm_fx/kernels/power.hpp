@@ -82,7 +82,7 @@ class Floats {
 
 #if defined(__AVX512BF16__) && !defined(SINGLE)
 
-// Rounded to bfloat16, with float32 sums: two products in the time of one. Each entry of the matrix is wrong by at most
+// Rounded to bfloat16, with float32 sums: an instruction multiplies twice as many. Each entry of the matrix is wrong by at most
 // 2⁻⁹ of itself, all independently; so is its norm at most, and of more than a few entries hardly at all. The norm is
 // that of the rounded matrix, to float32's precision: v is rounded before anything is made of it.
 struct Products {
