@@ -315,7 +315,8 @@ def keep_layers(model: nn.Module) -> None:
     """Sets the rates at which training leaves out whole layers to 0."""
     for module in model.modules():
         _keep_layers(vars(module))
-        _keep_layers(vars(getattr(module, "config", module)))
+        config = getattr(module, "config", None)
+        _keep_layers(vars(config) if hasattr(config, "to_dict") else {})
 
 
 def _keep_layers(attributes: dict[str, Any]) -> None:

@@ -193,3 +193,21 @@ def test_a_model_that_cannot_be_copied() -> None:
 def test_lazy_modules() -> None:
     with pytest.raises(CaptureError, match="parameters without a shape"):
         capture(nn.LazyLinear(4), (X,))
+
+
+def test_layers_are_kept_whatever_a_module_calls_its_configuration() -> None:
+    class Config:
+        layerdrop = 0.0
+
+        def __init__(self) -> None:
+            self.encoder_layerdrop = 0.5
+
+        def to_dict(self) -> dict[str, Any]:
+            return vars(self)
+
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net.config = Config()
+    net[0].config = {"layerdrop": 0.5}  # a dict is no configuration of transformers
+    net[1].layerdrop = 0.25
+    _copies.keep_layers(net)
+    assert net.config.encoder_layerdrop == 0.0 and net[1].layerdrop == 0.0
