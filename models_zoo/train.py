@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modnorm_fx.errors import NonFiniteError
+from modnorm_fx.errors import ModnormError, NonFiniteError
 
-__all__ = ["Curve", "Loss", "cross_entropy", "evaluate", "train"]
+__all__ = ["Curve", "Loss", "cross_entropy", "evaluate", "schedule", "train"]
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -49,6 +49,21 @@ def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
 
 
+def schedule(step: int, steps: int, warmup: int = 0, decay: bool = True) -> float:
+    """Part of the learning rate that a step (from 0) has: up over `warmup` steps, then down to 0 after the last one.
+
+    Raises ModnormError where the warm-up leaves no step.
+    """
+    if not 0 <= warmup < max(steps, 1):
+        raise ModnormError(
+            f"A warm-up of {warmup} steps does not fit into a training of {steps}.",
+            do="Take fewer: a tenth of the steps is usual.",
+        )
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (steps - step) / (steps - warmup) if decay else 1.0
+
+
 def train(
     model: nn.Module,
     optimizer: Optimizer,
@@ -57,16 +72,18 @@ def train(
     *,
     loss: Loss = cross_entropy,
     decay: bool = True,
+    warmup: int = 0,
     watch: Callable[[int, float], object] | None = None,
 ) -> Curve:
     """Trains for `steps` steps, or until the loss or an update is no longer finite.
 
     Args:
         model: it is set to train mode.
-        optimizer: any; the learning rates it has now are those of the first step.
+        optimizer: any; the learning rates it has now are the highest.
         batches: inputs and labels; at least `steps` of them, or the run is shorter.
         loss: scalar loss of (model, inputs, labels).
         decay: lower the learning rates linearly, so that they would be 0 after the last step; else keep them.
+        warmup: over how many steps they first rise linearly; the next step has them whole.
         watch: called after every step with the number of steps done and the step's loss.
     """
     model.train()
@@ -76,7 +93,7 @@ def train(
     diverged = None
     for step, (inputs, labels) in enumerate(islice(batches, steps)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - step / steps) if decay else rate
+            group["lr"] = rate * schedule(step, steps, warmup, decay)
         value = loss(model, inputs, labels)
         losses.append(value.item())
         try:

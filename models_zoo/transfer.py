@@ -36,7 +36,7 @@ from modnorm_fx.pipeline import convert
 
 from . import build
 from .recipes import RECIPES, Setting
-from .train import evaluate, train
+from .train import evaluate, schedule, train
 from .training import Task, given_inputs, logits_loss, model_for, task_for
 
 __all__ = [
@@ -75,6 +75,7 @@ class Trial:
     narrowest: int = 0
     convention: str = "tracked"
     head_size: int | None = None
+    warmup: int = 0
 
     @property
     def size(self) -> Size:
@@ -128,6 +129,7 @@ class Plan:
         head_size: features of an attention head at every width; None leaves it to the model's builder. Larger heads are
             another axis than more heads: logits of learned queries and keys grow with √head_size (Yang et al.,
             arXiv 2203.03466, definition 4.1). A norm of typical values does not see that.
+        warmup: over how many of the steps the learning rate first rises.
     """
 
     spec: str
@@ -144,6 +146,7 @@ class Plan:
     full: bool = False
     convention: str = "tracked"
     head_size: int | None = None
+    warmup: int = 0
 
     @property
     def smallest(self) -> Size:
@@ -159,7 +162,7 @@ class Plan:
     def trial(self, recipe: str, size: Size, lr: float, seed: int) -> Trial:
         return Trial(
             self.spec, recipe, size.width, size.depth, lr, seed, self.steps, self.batch, self.context,
-            self.weight_decay, self.data, self.smallest.width, self.convention, self.head_size,
+            self.weight_decay, self.data, self.smallest.width, self.convention, self.head_size, self.warmup,
         )  # fmt: skip
 
     def trials(self, recipe: str, size: Size, lrs: Iterable[float]) -> list[Trial]:
@@ -189,7 +192,7 @@ def begin(trial: Trial) -> tuple[Task, nn.Module, Optimizer]:
 def run(trial: Trial) -> Run:
     """Trains one model; deterministic for one thread."""
     task, model, optimizer = begin(trial)
-    curve = train(model, optimizer, task.batches(trial.seed), trial.steps, loss=logits_loss)
+    curve = train(model, optimizer, task.batches(trial.seed), trial.steps, loss=logits_loss, warmup=trial.warmup)
     val = math.inf if curve.diverged is not None else evaluate(model, task.validation, loss=logits_loss)
     step = max(1, len(curve.losses) // POINTS)
     return Run(
@@ -270,6 +273,7 @@ def check(plan: Plan) -> None:
     for recipe in plan.recipes:
         if recipe not in RECIPES:
             raise ModnormError(f"There is no optimizer {recipe!r}.", do=f"Use {', '.join(RECIPES)}.")
+    schedule(0, plan.steps, plan.warmup)
     odd = [width for width in plan.widths if plan.head_size and width % plan.head_size]
     if odd:
         raise ModnormError(

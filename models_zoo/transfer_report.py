@@ -151,12 +151,14 @@ def _caption(runs: Sequence[Run], command: str) -> str:
     trial = runs[0].trial
     seeds = len({run.trial.seed for run in runs})
     heads = f"heads of {trial.head_size} features, " if trial.head_size else ""
+    warmup = f"rises for {trial.warmup} steps, then " if trial.warmup else ""
     return (
         f"`{command}`, torch {runs[0].torch}: {len(runs)} runs of {trial.steps} steps of {trial.batch}, {heads}"
         f"{seeds} seed{'s' if seeds > 1 else ''}, weight decay {trial.weight_decay:g}, data: "
-        f"{trial.data or 'built in'}. The learning rate falls linearly to 0. Losses are training losses in nats, means "
-        "over the last tenth of the steps and over seeds. Regret: the loss at the smallest model's best learning rate, "
-        "minus the best loss at that size. Drift: octaves between the best learning rates (parabola through the grid)."
+        f"{trial.data or 'built in'}. The learning rate {warmup}falls linearly to 0. Losses are training losses in "
+        "nats, means over the last tenth of the steps and over seeds. Regret: the loss at the smallest model's best "
+        "learning rate, minus the best loss at that size. Drift: octaves between the best learning rates (parabola "
+        "through the grid)."
     )
 
 

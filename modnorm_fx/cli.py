@@ -26,6 +26,7 @@ from .models_zoo.recipes import RECIPES
 __all__ = ["main"]
 
 SPEC = "hf:NAME, timm:NAME, zoo:NAME or path/to/file.py:function (which returns an nn.Module)"
+WARMUP = "steps over which the learning rate first rises (default: none)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", metavar="FILE", type=Path, help="text for language models (default: Python's sources)"
     )
     training.add_argument("--steps", type=_count, default=100, metavar="N", help="default: %(default)s")
+    training.add_argument("--warmup", type=_count, default=0, metavar="N", help=WARMUP)
     training.add_argument("--batch", type=_count, default=16, metavar="N", help="default: %(default)s")
     training.add_argument("--lr", type=_amount, default=0.5, help="modular norm of a step (default: %(default)s)")
     training.add_argument("--weight-decay", type=_amount, default=0.0, metavar="X", help="default: %(default)s")
@@ -110,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         "transfer", usage=usage, help="does the small model's learning rate fit larger ones?"
     )
     _add_sizes(sweep, steps=200)
+    sweep.add_argument("--warmup", type=_count, default=0, metavar="N", help=WARMUP)
     sweep.add_argument("--full", action="store_true", help="every width with every depth, not only the smallest")
     names = ",".join(RECIPES)
     sweep.add_argument("--optimizers", type=_recipes, default="modnorm-adamw,adamw", metavar="NAMES", help=names)
@@ -172,7 +175,7 @@ def _model_options() -> argparse.ArgumentParser:
         type=_mass,
         default=[],
         metavar="NAME=VALUE",
-        help="mass of stem, stacks, head, vectors, a module path or a parameter; repeatable",
+        help="mass of stem, stacks, head, vectors, biases, a module path or a parameter; repeatable",
     )
     options.add_argument("--debug", action="store_true", help="show tracebacks, warnings and log messages")
     return options

@@ -195,7 +195,9 @@ def _run(name: str, args: argparse.Namespace, task: Task, model: nn.Module, opti
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
 
-        curve = train_model(model, optimizer, task.batches(args.seed), args.steps, loss=logits_loss, watch=watch)
+        curve = train_model(
+            model, optimizer, task.batches(args.seed), args.steps, loss=logits_loss, watch=watch, warmup=args.warmup
+        )
     with _working("validating"):
         val_loss, val_accuracy = (evaluate(model, task.validation, loss=score) for score in (logits_loss, accuracy))
     return Result(name, lr, curve, val_loss, val_accuracy)
@@ -263,6 +265,7 @@ def sweep(args: argparse.Namespace) -> int:
     plan = transfer.Plan(
         args.spec, tuple(args.widths), tuple(args.depths), tuple(args.optimizers), lrs, args.steps, args.batch,
         args.context, args.seeds, args.weight_decay, args.data, args.full, args.convention, _head_size(args),
+        args.warmup,
     )  # fmt: skip
     with tqdm(total=1, unit="", disable=not sys.stderr.isatty(), bar_format=SWEEP_BAR) as bar:
 

@@ -22,7 +22,7 @@ from .conventions import Convention
 from .conventions import convention as convention_of
 from .errors import InternalError, MassError, ModnormError
 from .norm import ModularNorm
-from .passes.assign_mass import TOTALS, assign_mass
+from .passes.assign_mass import SHARES, TOTALS, assign_mass
 from .passes.bind_weights import bind_weights
 from .passes.computed_weights import computed_weights, parts_of_joined
 from .passes.feature_axes import feature_axes
@@ -81,8 +81,8 @@ def convert(
         unknown: what to do with an op without a rule: ``"sample"`` estimates it by running it on random inputs and
             marks it in every printout, ``"error"`` refuses.
         masses: total mass of ``"stem"``, ``"stacks"``, ``"head"`` (1 each by default), the share of ``"vectors"``
-            relative to a matrix (0.1), and of any module path or parameter (as ``ModularNorm.tare``, applied in the
-            order given).
+            relative to a matrix (0.1), of ``"biases"`` relative to other vectors (0.01; under ``"paper"`` 1), and the
+            mass of any module path or parameter (as ``ModularNorm.tare``, applied in the order given).
         rules: the table of op rules; ``ATEN.extended()`` to add one's own.
 
     Returns:
@@ -176,7 +176,7 @@ def convert(
     }
     weights = tuple(w for w in weights if any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses))))
     places = run("find_stacks", find_stacks, module.graph, weights, captured.modules)
-    named = {k: v for k, v in (masses or {}).items() if k in TOTALS or k == "vectors"}
+    named = {k: v for k, v in (masses or {}).items() if k in TOTALS or k in SHARES}
     shares = run("assign_mass", assign_mass, weights, places, named, chosen.quadrature)
     stages["mass"] = lambda: explain.mass(weights, places, shares)
     tree = run("fold_tree", fold_tree, module, flow, weights, scales, sensitivities, shares)

@@ -11,7 +11,7 @@ A fusion of two layers beside a tower of 24 thus takes as much as the tower, and
 
 Biases of the same role in a stack (``blocks.#.mlp.fc2.bias``) move alike: those that are added to one residual stream
 all have the gradient of that stream. Where shares add in quadrature, n of them would move the output √n times as far as
-their mass says, so each is given an n-th of a vector's share: together they then do what one alone would.
+their mass says, so each is given an n-th of one bias's share: together they then do what one alone would.
 
 Assumes places. Promises finite, non-negative masses, not all zero.
 """
@@ -31,6 +31,13 @@ from .type_atoms import Weight
 #: Share of a gain or bias relative to a matrix of the same block. Vectors are a few per block and steer all features
 #: at once; a tenth keeps their part of the budget small without freezing them. A choice, not a derivation.
 VECTOR_SHARE = 0.1
+#: Share of the biases of a role relative to a vector, where shares add in quadrature. A bias's update points one way
+#: for all positions, the way that they all want to go: it changes the output up to 6 times as much as the sensitivity
+#: to any direction says, and does so step after step. Targets a tenth as large, so a hundredth in squares; measured,
+#: between 1/4 and 1/30 the losses are flat and lower than at 1 (docs/design-decisions.md).
+BIAS_SHARE = 0.01
+#: Names of shares, as ``masses`` takes them.
+SHARES = ("vectors", "biases")
 #: Total mass of stem, head and stacks. Equal parts: the measured optimum of the stacks' mass for the tracked
 #: convention lies between 0.5 and 2 and is flat. The paper's own nets use 1 (MLP), 20 (CNN) and 5 (GPT).
 TOTALS = {"stem": 1.0, "stacks": 1.0, "head": 1.0}
@@ -46,7 +53,7 @@ def assign_mass(
 
     Args:
         masses: overrides: ``stem``, ``stacks``, ``head`` (totals), ``vectors`` (share of a vector relative to a
-            matrix).
+            matrix), ``biases`` (share of the biases of a role relative to a vector).
         quadrature: whether shares of a unit update add as squares.
 
     Raises:
@@ -61,12 +68,12 @@ def assign_mass(
                 do="Correct masses=.",
             )
     vectors = given.get("vectors", VECTOR_SHARE)
+    bias = vectors * given.get("biases", BIAS_SHARE if quadrature else 1.0)
     totals = TOTALS | {k: v for k, v in given.items() if k in TOTALS}
     share = {w.key: 1.0 if any(atom.is_matrix for _, _, atom in w.uses) else vectors for w in weights}
-    if quadrature:
-        roles = {w.key: _role(w, places[w.key][0]) for w in weights if all(isinstance(a, Bias) for _, _, a in w.uses)}
-        alike = Counter(roles.values())
-        share |= {key: vectors / alike[role] for key, role in roles.items()}
+    roles = {w.key: _role(w, places[w.key][0]) for w in weights if all(isinstance(a, Bias) for _, _, a in w.uses)}
+    alike = Counter(roles.values())
+    share |= {key: bias / (alike[role] if quadrature else 1) for key, role in roles.items()}
     groups: dict[Place, list[str]] = defaultdict(list)
     for w in weights:
         for place in places[w.key]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from modnorm_fx.passes.assign_mass import TOTALS, VECTOR_SHARE, assign_mass
+from modnorm_fx.passes.assign_mass import BIAS_SHARE, SHARES, TOTALS, VECTOR_SHARE, assign_mass
 from modnorm_fx.passes.find_stacks import Place
 from modnorm_fx.passes.type_atoms import Weight
 
@@ -35,14 +35,14 @@ def net(depths: list[int], per_block: int = 2) -> tuple[list[Weight], dict[str, 
 
 
 depths = st.lists(st.integers(1, 6), min_size=1, max_size=3)
-totals = st.fixed_dictionaries({}, optional={k: st.floats(0.1, 20) for k in ("stem", "stacks", "head", "vectors")})
+totals = st.fixed_dictionaries({}, optional={k: st.floats(0.1, 20) for k in (*TOTALS, *SHARES)})
 
 
 @given(depths, totals, st.integers(1, 4))
 def test_totals(depths, given_masses, per_block):
     weights, places = net(depths, per_block)
     masses = assign_mass(weights, places, given_masses)
-    wanted = TOTALS | {k: v for k, v in given_masses.items() if k != "vectors"}
+    wanted = TOTALS | {k: v for k, v in given_masses.items() if k in TOTALS}
     for region, total in wanted.items():
         keys = [k for k, (p,) in places.items() if p.region == region]
         assert math.fsum(masses[k] for k in keys) == pytest.approx(total)
@@ -51,16 +51,17 @@ def test_totals(depths, given_masses, per_block):
             block = math.fsum(m for k, m in masses.items() if k.startswith(f"s{s}.{b}."))
             assert block == pytest.approx(wanted["stacks"] / len(depths) / depth)
     vectors = given_masses.get("vectors", VECTOR_SHARE)
-    assert masses["head.bias"] == pytest.approx(vectors * masses["head"])
-    assert masses["s0.0.0"] == pytest.approx(masses[f"s0.0.{per_block}"] / vectors * depths[0])
+    biases = vectors * given_masses.get("biases", BIAS_SHARE)
+    assert masses["head.bias"] == pytest.approx(biases * masses["head"])
+    assert masses["s0.0.0"] == pytest.approx(masses[f"s0.0.{per_block}"] / biases * depths[0])
     linear = assign_mass(weights, places, given_masses, quadrature=False)
-    assert linear["s0.0.0"] == pytest.approx(linear[f"s0.0.{per_block}"] / vectors)
+    assert linear["s0.0.0"] == pytest.approx(linear[f"s0.0.{per_block}"] / vectors / given_masses.get("biases", 1.0))
 
 
 def test_a_net_without_stacks_gives_every_matrix_one():
     weights = [weight("a", MATRIX), weight("a.bias", VECTOR), weight("b", TABLE)]
     masses = assign_mass(weights, {w.key: (Place("net"),) for w in weights})
-    assert masses == {"a": 1.0, "a.bias": VECTOR_SHARE, "b": 1.0}
+    assert masses == {"a": 1.0, "a.bias": VECTOR_SHARE * BIAS_SHARE, "b": 1.0}
 
 
 def test_a_tied_weight_has_a_share_of_each_of_its_places():
@@ -68,14 +69,14 @@ def test_a_tied_weight_has_a_share_of_each_of_its_places():
     weights.append(weight("token", TABLE, MATRIX))
     places["token"] = (Place("stem"), Place("head"))
     masses = assign_mass(weights, places)
-    assert masses["token"] == pytest.approx(0.5 + 1 / (2 + VECTOR_SHARE))
+    assert masses["token"] == pytest.approx(0.5 + 1 / (2 + VECTOR_SHARE * BIAS_SHARE))
     assert math.fsum(masses.values()) == pytest.approx(3.0)
 
 
 def test_a_region_of_vectors_alone_weighs_as_much_as_its_vectors():
     weights, places = net([2])
     weights, places = [w for w in weights if w.key != "head"], {k: v for k, v in places.items() if k != "head"}
-    assert assign_mass(weights, places)["head.bias"] == pytest.approx(VECTOR_SHARE)
+    assert assign_mass(weights, places)["head.bias"] == pytest.approx(VECTOR_SHARE * BIAS_SHARE)
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan, "5", None])
@@ -112,8 +113,8 @@ def test_biases_are_alike_by_role_stack_and_shape():
     for key, n in counts.items():
         if key != "bn1.bias":
             block = key[: key.index(".")]
-            assert masses[key] == pytest.approx(VECTOR_SHARE / n * masses[f"{block}.conv"]), key
-    assert masses["bn1.bias"] == pytest.approx(VECTOR_SHARE)
+            assert masses[key] == pytest.approx(VECTOR_SHARE * BIAS_SHARE / n * masses[f"{block}.conv"]), key
+    assert masses["bn1.bias"] == pytest.approx(VECTOR_SHARE * BIAS_SHARE)
 
 
 class Branch(torch.nn.Module):
@@ -129,12 +130,12 @@ class Branch(torch.nn.Module):
 def test_biases_of_one_residual_stream_move_it_alike_at_every_depth():
     """Updates that all point one way, through the real network; its output has scale √(1 + depth).
 
-    Not quite alike: an early bias has a smaller target for what later branches make of it, and here they make nothing.
-    In quadrature alone the ratio would be 4 times as large.
+    By hand: the stream has scale √(1 + k) behind branch k, which adds 1, so that by the linear layers with norm 1 what
+    is added there grows to the output by Π √(1 + 1/(1 + j)) = √((1 + n)/(1 + k)), and the bias's target is one over
+    that. In quadrature alone, n targets would move it √n times as far. Here the layers are zero and pass on nothing.
     """
-    moved = []
-    for depth in (2, 8, 32):
-        net = torch.nn.Sequential(*(Branch() for _ in range(depth)))
+    for n in (2, 8, 32):
+        net = torch.nn.Sequential(*(Branch() for _ in range(n)))
         x = torch.randn(4, 8)
         norm = convert(net, (x,))
         updates = {name: torch.ones(8) for name, p in net.named_parameters() if p.dim() == 1}
@@ -145,6 +146,7 @@ def test_biases_of_one_residual_stream_move_it_alike_at_every_depth():
             before = net(x)
             for name, update in updates.items():
                 net.get_parameter(name).copy_(update)
-            change = (net(x) - before).pow(2).mean().sqrt()
-        moved.append(change.item() / math.sqrt(1 + depth))
-    assert max(moved) / min(moved) < 1.3
+            change = (net(x) - before).pow(2).mean().sqrt().item()
+        alone = VECTOR_SHARE * BIAS_SHARE / (1 + VECTOR_SHARE * BIAS_SHARE / n)
+        shrunk = math.fsum(math.sqrt((1 + k) / (1 + n)) for k in range(1, n + 1)) / n
+        assert change / math.sqrt(1 + n) == pytest.approx(math.sqrt(alone) * shrunk, rel=1e-4)

@@ -211,7 +211,7 @@ def test_masses_of_paths_are_tares():
     plain = mn.convert(model, (TOKENS,), masses={"stacks": 4.0})
     norm = mn.convert(model, (TOKENS,), masses={"stacks": 4.0, "blocks.1": 3.0, "head.bias": 0.0})
     assert norm.targets == pytest.approx(plain.tare("blocks.1", 3.0).tare("head.bias", 0.0).targets)
-    vectors = mn.convert(model, (TOKENS,), masses={"vectors": 1.0})
+    vectors = mn.convert(model, (TOKENS,), masses={"vectors": 1.0, "biases": 1.0})
     block = {leaf.weight: leaf.mass for leaf in vectors.leaves if leaf.weight.startswith("blocks.0.")}
     whole = pytest.approx(max(block.values()))
     assert all(mass == whole for name, mass in block.items() if not name.endswith("bias"))

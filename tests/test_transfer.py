@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from modnorm_fx.models_zoo import build, transfer, transfer_report
 from modnorm_fx.models_zoo.recipes import RECIPES, Setting
-from modnorm_fx.models_zoo.transfer import Plan, Run, Size, Trial
+from modnorm_fx.models_zoo.train import schedule
+from modnorm_fx.models_zoo.transfer import Plan, Run, Size, Trial, check, run
+from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
 
 from modnorm_fx import convert
 from modnorm_fx.errors import FormatError, ModnormError
@@ -116,6 +119,27 @@ def test_the_common_head_size_is_that_of_the_narrowest_model_if_it_divides_all()
     assert size("zoo:gpt", (64, 128), 1) is None
     with pytest.raises(ModnormError, match="Widths of 65, 66 have no size of attention heads in common"):
         size("hf:gpt2", (65, 66), 1)
+
+
+def test_the_learning_rate_rises_and_falls_in_straight_lines() -> None:
+    """Against torch's own schedulers, with and without warm-up and fall."""
+    for steps, warmup, decay in ((10, 0, True), (10, 3, True), (7, 6, True), (5, 2, False), (5, 0, False)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        rise = LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup) if warmup else ConstantLR(optimizer, 1.0, 0)
+        fall = LinearLR(optimizer, 1.0, 0.0, steps - warmup) if decay else ConstantLR(optimizer, 1.0, 0)
+        torch_schedule = SequentialLR(optimizer, [rise, fall], [warmup]) if warmup else fall
+        for step in range(steps):
+            assert schedule(step, steps, warmup, decay) == pytest.approx(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            torch_schedule.step()
+
+
+def test_a_warm_up_changes_the_run_and_one_that_leaves_no_step_is_refused() -> None:
+    plan = Plan("zoo:resmlp", (16,), (2,), ("adamw",), steps=6, warmup=6)
+    with pytest.raises(ModnormError, match="warm-up of 6 steps does not fit into a training of 6"):
+        check(plan)
+    losses = [run(replace(plan, warmup=n).trial("adamw", plan.smallest, 0.1, 0)).train_loss for n in (0, 5)]
+    assert losses[0] != losses[1]
 
 
 def test_unknown_optimizers_are_refused(tmp_path: Path) -> None:
