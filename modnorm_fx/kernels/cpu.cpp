@@ -8,7 +8,11 @@
 namespace {
 
 constexpr int AHEAD = 2048;   // entries between what is read and what is fetched into the second-level cache
+constexpr int NEAR = 512;     // the same, where nothing else is done with it
+constexpr int SMALL = 16384;  // entries of a tensor that is fetched while the one before it is read
 constexpr float CAP = 10.0f;  // runtime.PIECE_CAP
+
+typedef uint32_t bits __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 #ifdef __AVX512DQ__
 // Square roots by a Newton step from an estimate of 14 bits, right to one rounding: the divider is needed for more.
@@ -115,6 +119,30 @@ struct Updating {
     at = goal;
   }
 };
+
+// The largest magnitude of n entries, as bits: those of floats that are not negative are in the same order, NaN above
+// infinity. Memory answers several streams faster than one; what begins at `ahead` is fetched at the same pace.
+template <int STREAMS>
+uint32_t most(const float* x, int64_t n, const float* ahead) {
+  const int64_t part = n / (STREAMS * W) * W;
+  bits best[STREAMS] = {};
+  for (int64_t i = 0; i < part; i += W)
+#pragma GCC unroll 8
+    for (int s = 0; s < STREAMS; ++s) {
+      fetch(ahead + s * part + i);
+      const bits found = *reinterpret_cast<const bits*>(x + s * part + i) & 0x7fffffffu;
+      best[s] = found > best[s] ? found : best[s];
+    }
+  uint32_t largest = 0;
+  for (int s = 0; s < STREAMS; ++s)
+    for (int j = 0; j < W; ++j) largest = std::max(largest, best[s][j]);
+  for (int64_t i = STREAMS * part; i < n; ++i) {
+    uint32_t found;
+    std::memcpy(&found, x + i, sizeof found);
+    largest = std::max(largest, found & 0x7fffffffu);
+  }
+  return largest;
+}
 
 }  // namespace
 
@@ -247,20 +275,12 @@ void adamw(const float* const* g, float* const* m, float* const* v, float* const
 
 // The largest magnitude in the tensors x[p] of sizes[p] entries; NaN if there is one.
 float largest_entry(const float* const* x, const int64_t* sizes, int64_t tensors, int threads) {
-  uint32_t largest = 0;  // bits of floats that are not negative are in the same order, NaN above infinity
+  uint32_t largest = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : largest)
   for (int64_t p = 0; p < tensors; ++p) {
-    constexpr int STREAMS = 4, TURN = 16;  // memory answers several streams faster than one
-    const int64_t part = sizes[p] / (STREAMS * TURN) * TURN;
-    const uint32_t* bits = reinterpret_cast<const uint32_t*>(x[p]);
-    uint32_t best[STREAMS][TURN] = {};
-    for (int64_t i = 0; i < part; i += TURN)
-      for (int s = 0; s < STREAMS; ++s) {
-        fetch(x[p] + s * part + i + AHEAD);
-        for (int j = 0; j < TURN; ++j) best[s][j] = std::max(best[s][j], bits[s * part + i + j] & 0x7fffffffu);
-      }
-    for (int64_t i = STREAMS * part; i < sizes[p]; ++i) best[0][0] = std::max(best[0][0], bits[i] & 0x7fffffffu);
-    largest = std::max(largest, *std::max_element(best[0], best[0] + STREAMS * TURN));
+    const float* next = p + 1 < tensors ? x[p + 1] : x[p];
+    const uint32_t found = sizes[p] < SMALL ? most<1>(x[p], sizes[p], next) : most<8>(x[p], sizes[p], x[p] + NEAR);
+    largest = std::max(largest, found);
   }
   float found;
   std::memcpy(&found, &largest, sizeof found);
