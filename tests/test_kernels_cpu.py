@@ -92,6 +92,24 @@ def test_pieces_do_not_see_each_other_nor_the_number_of_threads(library: str) ->
     assert torch.equal(whole[0].nan_to_num(), several[0].nan_to_num())
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(24, 16), (9, 37)])
+def test_neighbours_in_a_register_do_not_see_each_other(rows: int, columns: int, library: str) -> None:
+    """What is made of the products of many matrices at once is, for each, that of the matrix alone."""
+    w, vectors = matrices(37, rows, columns), matrices(37, 8, columns, seed=1)
+    w[3], w[17, 2, 5], w[20, 0, 0], w[36] = 0.0, torch.nan, torch.inf, w[36] * 1e-12
+    vectors[5], vectors[6, 3:] = 0.0, 0.0  # no vector at all, and fewer than eight directions
+    whole = runtime.power_iteration(w, vectors)
+    for i in range(37):
+        alone = runtime.power_iteration(w[i : i + 1], vectors[i : i + 1])
+        for a, b in zip(whole, alone, strict=True):
+            torch.testing.assert_close(a[i : i + 1], b, rtol=0.0, atol=0.0, equal_nan=True)
+    assert whole[0].isnan().nonzero().flatten().tolist() == [17, 20]
+    assert (whole[0][[3, 5]] - w[[3, 5]].norm(dim=2).amax(1)).abs().max() < 1e-6
+    fine = [i for i in range(37) if i not in (17, 20)]
+    true = torch.linalg.matrix_norm(w[fine].double(), 2)
+    assert (whole[0][fine] <= true * (1 + ROUNDING)).all() and (whole[0][fine] >= 0.999999 * w[fine].norm(dim=2).amax(1)).all()
+
+
 @pytest.mark.parametrize("entry", [torch.inf, -torch.inf, torch.nan])
 def test_infinity_is_not_a_norm(entry: float, library: str) -> None:
     w = matrices(1, 20, 20)

@@ -46,7 +46,7 @@ def expected_files() -> set[str]:
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*.py")
     }
-    kernels = {"modnorm_fx/kernels/cpu.cpp", "modnorm_fx/kernels/power.hpp"}
+    kernels = {f"modnorm_fx/kernels/{name}" for name in ("cpu.cpp", "power.hpp", "products.hpp")}
     return files | kernels | {"modnorm_fx/py.typed", "modnorm_fx/models_zoo/timm_families.txt"}
 
 
@@ -68,6 +68,7 @@ def test_the_sdist_can_be_built_from(built: Path) -> None:
         "models_zoo/__init__.py",
         "modnorm_fx/kernels/cpu.cpp",
         "modnorm_fx/kernels/power.hpp",
+        "modnorm_fx/kernels/products.hpp",
     } <= names
 
 

@@ -189,19 +189,28 @@ static void apply(const Matrices& t, int64_t p, const float* update, const float
 // that follow `u` [pieces, K, c] become `fresh`, `estimates` [pieces] gets the norms.
 void power_step(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64_t rows, int64_t c, const float* u,
                 float* fresh, const float* dither, double scale, float* estimates, int threads) {
+  const int64_t batch = together(pieces, K * c, threads);
 #pragma omp parallel num_threads(threads)
   {
-    Iteration iteration;
+    static thread_local Iterations iterations;
+    iterations.fit(batch, rows, c);
 #pragma omp for schedule(dynamic)
-    for (int64_t p = 0; p < pieces; ++p) {
-      const float *matrix = w + p * apart, *given = u + p * K * c;
-      iteration.start(given, rows, c);
-      for (int64_t r = 0; r < rows; r += ROWS) {
-        const int64_t count = std::min<int64_t>(ROWS, rows - r);
-        const float* next = r + ROWS < rows ? matrix + (r + ROWS) * ld : p + 1 < pieces ? matrix + apart : matrix;
-        iteration.add(matrix + r * ld, ld, r, count, c, Fetching{next, next + ROWS * ld});
+    for (int64_t first = 0; first < pieces; first += batch) {
+      const int64_t some = std::min(batch, pieces - first);
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t p = first + i;
+        const float* matrix = w + p * apart;
+        iterations.start(i, u + p * K * c, fresh + p * K * c, estimates + p, rows, c);
+        iterations[i].w = matrix, iterations[i].gap = ld, iterations[i].step = 1;
+        if (p + 1 < pieces)
+          for (int64_t k = 0; k < K * c; k += 16) fetch(u + (p + 1) * K * c + k);
+        for (int64_t r = 0; r < rows; r += ROWS) {
+          const int64_t count = std::min<int64_t>(ROWS, rows - r);
+          const float* next = r + ROWS < rows ? matrix + (r + ROWS) * ld : p + 1 < pieces ? matrix + apart : matrix;
+          iterations[i].products.add(matrix + r * ld, ld, r, count, c, Fetching{next, next + ROWS * ld});
+        }
       }
-      estimates[p] = iteration.finish(matrix, ld, 1, rows, c, given, fresh + p * K * c, dither, static_cast<float>(scale));
+      iterations.finish(some, rows, c, dither, static_cast<float>(scale));
     }
   }
 }
@@ -210,53 +219,63 @@ void power_step(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64
 void step_matrices(const Matrices* given, int threads) {
   const Matrices& t = *given;
   const int64_t pieces = t.groups * t.taps, span = t.c * t.taps, width = t.blocks * span, rows = t.groups * t.rows;
+  const int64_t each = t.blocks * pieces, batch = together(t.n, rows * width, threads);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<Iteration> iterations(t.blocks * pieces);
-    static thread_local Floats space;  // kept: fresh memory would have to be mapped in every step
-    float* update = space.fit(rows * width);
-    Floats others;
+    static thread_local Iterations iterations;
+    static thread_local Floats space, others;
+    iterations.fit(batch * each, t.rows, t.c);
+    float* updates = space.fit(batch * rows * width);
     float *tap = others.fit(ROWS * (t.c + 16) + width + t.blocks), *factors = tap + ROWS * (t.c + 16);
     float* largest = factors + width;
 #pragma omp for schedule(dynamic)
-    for (int64_t p = 0; p < t.n; ++p) {
-      float* norms = t.norms + p * t.blocks * pieces;
-      const auto vectors = [&](int64_t b, int64_t i) { return t.vectors[b] + (p * pieces + i) * K * t.c; };
-      for (int64_t b = 0; b < t.blocks; ++b)
-        for (int64_t i = 0; i < pieces; ++i) iterations[b * pieces + i].start(vectors(b, i), t.rows, t.c);
-      Updating next{WideAdam(t.adam[p]), t.g[p], t.m[p], t.v[p], update, width, t.ld - width};
-      next.reach(ROWS < t.rows ? ROWS : t.rows, t.adam[p]);
-      for (int64_t first = 0; first < rows; first += t.rows)
-        for (int64_t r = 0; r < t.rows; r += ROWS) {
-          const int64_t stop = r + ROWS < t.rows ? r + ROWS : t.rows;
-          const int64_t ahead = first + stop + ROWS < rows ? first + stop + ROWS : rows;
-          next.aim(ahead);
-          for (int64_t k = 0; k < t.blocks * t.taps; ++k) {
-            const int64_t b = k / t.taps, at = k % t.taps;
-            const float* w = update + (first + r) * width + b * span;
-            int64_t gap = width;
-            if (t.taps > 1) {
-              for (int64_t j = 0; j < stop - r; ++j)
-                for (int64_t i = 0; i < t.c; ++i) tap[j * t.c + i] = w[j * width + i * t.taps + at];
-              w = tap, gap = t.c;
-            }
-            Iteration& iteration = iterations[b * pieces + first / t.rows * t.taps + at];
-            next = iteration.add(w, gap, r, stop - r, t.c, next);
+    for (int64_t start = 0; start < t.n; start += batch) {
+      const int64_t some = std::min(batch, t.n - start);
+      for (int64_t p = start; p < start + some; ++p) {
+        float* update = updates + (p - start) * rows * width;
+        const int64_t mine = (p - start) * each;
+        for (int64_t b = 0; b < t.blocks; ++b)
+          for (int64_t i = 0; i < pieces; ++i) {
+            float* u = t.vectors[b] + (p * pieces + i) * K * t.c;
+            const int64_t at = mine + b * pieces + i;
+            iterations.start(at, u, u, t.norms + p * each + b * pieces + i, t.rows, t.c);
+            iterations[at].w = update + i / t.taps * t.rows * width + b * span + i % t.taps;
+            iterations[at].gap = width, iterations[at].step = t.taps;
           }
-          next.reach(ahead, t.adam[p]);
-        }
-      bool finite = true;
-      for (int64_t b = 0; b < t.blocks; ++b) {
-        largest[b] = 0;
-        for (int64_t i = 0; i < pieces; ++i) {
-          const float* w = update + i / t.taps * t.rows * width + b * span + i % t.taps;
-          float *u = vectors(b, i), *norm = norms + b * pieces + i;
-          *norm = iterations[b * pieces + i].finish(w, width, t.taps, t.rows, t.c, u, u, t.dither, t.dither_size);
-          if (!(*norm <= largest[b]) && !std::isnan(largest[b])) largest[b] = *norm;
-        }
-        finite = finite && std::isfinite(largest[b]);
+        Updating next{WideAdam(t.adam[p]), t.g[p], t.m[p], t.v[p], update, width, t.ld - width};
+        next.reach(ROWS < t.rows ? ROWS : t.rows, t.adam[p]);
+        for (int64_t first = 0; first < rows; first += t.rows)
+          for (int64_t r = 0; r < t.rows; r += ROWS) {
+            const int64_t stop = r + ROWS < t.rows ? r + ROWS : t.rows;
+            const int64_t ahead = first + stop + ROWS < rows ? first + stop + ROWS : rows;
+            next.aim(ahead);
+            for (int64_t k = 0; k < t.blocks * t.taps; ++k) {
+              const int64_t b = k / t.taps, at = k % t.taps;
+              const float* w = update + (first + r) * width + b * span;
+              int64_t gap = width;
+              if (t.taps > 1) {
+                for (int64_t j = 0; j < stop - r; ++j)
+                  for (int64_t i = 0; i < t.c; ++i) tap[j * t.c + i] = w[j * width + i * t.taps + at];
+                w = tap, gap = t.c;
+              }
+              Products& products = iterations[mine + b * pieces + first / t.rows * t.taps + at].products;
+              next = products.add(w, gap, r, stop - r, t.c, next);
+            }
+            next.reach(ahead, t.adam[p]);
+          }
       }
-      if (!t.guarded || finite) apply(t, p, update, norms, largest, factors);
+      iterations.finish(some * each, t.rows, t.c, t.dither, t.dither_size);
+      for (int64_t p = start; p < start + some; ++p) {
+        const float* norms = t.norms + p * each;
+        bool finite = true;
+        for (int64_t b = 0; b < t.blocks; ++b) {
+          largest[b] = 0;
+          for (const float* norm = norms + b * pieces; norm < norms + (b + 1) * pieces; ++norm)
+            if (!(*norm <= largest[b]) && !std::isnan(largest[b])) largest[b] = *norm;
+          finite = finite && std::isfinite(largest[b]);
+        }
+        if (!t.guarded || finite) apply(t, p, updates + (p - start) * rows * width, norms, largest, factors);
+      }
     }
   }
 }

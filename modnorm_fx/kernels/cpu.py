@@ -38,7 +38,7 @@ __all__ = [
 
 logger = logging.getLogger("modnorm_fx")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "power.hpp"))  # what is compiled; its includes
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "power.hpp", "products.hpp"))  # what is compiled; its includes
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno")
 #: tried in this order: compilers without OpenMP (Apple's) give one thread, some know no vector width
 TRIES = ((*FLAGS, "-fopenmp"), FLAGS, ("-O3", "-march=native"), ("-O3",))

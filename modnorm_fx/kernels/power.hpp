@@ -1,511 +1,267 @@
 // Block power iteration: the largest singular values of many small or large matrices, from one reading of each.
 //
 // `spectral_norm.power_iteration` has the algorithm and its derivation. Float32, rows contiguous. A matrix is always
-// worked on by one thread, in the same order, so results do not depend on the number of threads.
+// worked on by one thread, in the same order, so results do not depend on the number of threads. What is made of its
+// products, eight by eight, is a chain of operations that wait for each other. It is done for W matrices at once, one
+// in each lane of a register, each as if it were alone: results do not depend on who its neighbours are either.
 
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#define INLINE inline __attribute__((always_inline))
+#include "products.hpp"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int W = 16;  // floats in the widest register
-#else
-constexpr int W = 8;
-#endif
-typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float wide __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-constexpr int K = 8;             // power vectors per matrix: spectral_norm.BLOCK
-constexpr int R = 8;             // rows at a time: independent sums hide the latency of fused multiply-add
-constexpr int ROWS = 16;         // rows at a time that stay in the cache between the two products
 constexpr int SQUARINGS = 8;     // spectral_norm.SQUARINGS
 constexpr float JITTER = 1e-6f;  // spectral_norm.JITTER
 constexpr double TINY = 1e-18;   // spectral_norm.TINY
 
-wide read(const float* x) { return *reinterpret_cast<const wide*>(x); }
-void write(float* x, wide value) { *reinterpret_cast<wide*>(x) = value; }
-f8 read8(const float* x) { return *reinterpret_cast<const f8*>(x); }
-void write8(float* x, f8 value) { *reinterpret_cast<f8*>(x) = value; }
-void fetch(const float* x) { __builtin_prefetch(x, 0, 2); }
-int64_t whole(int64_t size, int64_t part) { return (size + part - 1) / part * part; }
-
-f8 folded(wide x) {
-  f8 sum;
-  std::memcpy(&sum, &x, sizeof sum);
-  if (W == 16) {
-    f8 upper;
-    std::memcpy(&upper, reinterpret_cast<const char*>(&x) + sizeof x - sizeof sum, sizeof upper);
-    sum += upper;
-  }
-  return sum;
+INLINE wide roots(wide x) {
+  float each[W];
+  std::memcpy(each, &x, sizeof each);
+  for (int i = 0; i < W; ++i) each[i] = std::sqrt(each[i]);
+  return read(each);
 }
 
-float total(wide x) {
-  const f8 sum = folded(x);
-  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-}
+// Symmetric, non-negative matrices of the products of K vectors; what is above the diagonal is not used.
+struct Grams {
+  wide x[K][K];
 
-// Memory that starts on a cache line, and only grows.
-class Floats {
-  struct alignas(64) Line {
-    float x[16];
-  };
-  std::vector<Line> lines;
-
- public:
-  float* fit(int64_t size) {
-    if (lines.size() * 16 < static_cast<size_t>(size)) lines.resize((size + 15) / 16);
-    return data();
-  }
-  float* data() { return lines.data()->x; }
-};
-
-// Both products --------------------------------------------------------------------------------------------------------
-//
-// `Products` holds the power vectors of one matrix [rows, c] and what becomes of them:
-//   start   takes the vectors u [K][c];
-//   add     for some rows w, at most ROWS: v[r] = w[r]·u for all K vectors, z += Σ_r v[r] w[r], squares[r] = |w[r]|²;
-//   gram    Σ_r v[r] v[r]ᵀ.
-// `beside` is other work, W entries of it for each 16 of w: it waits for memory or the divider while this multiplies.
-// (Passed by value: what it holds can stay in registers.) z [K][ld] and `squares` end in zeros up to a whole register.
-
-#if defined(__AVX512BF16__) && !defined(SINGLE)
-
-// Rounded to bfloat16, with float32 sums: an instruction multiplies twice as many. Each entry of the matrix is wrong by at most
-// 2⁻⁹ of itself, all independently; so is its norm at most, and of more than a few entries hardly at all. The norm is
-// that of the rounded matrix, to float32's precision: v is rounded before anything is made of it.
-struct Products {
-  static constexpr int64_t PART = 512, GAP = PART / 2 + 16;  // columns at a time; pairs from row to row of them
-
-  float *z, *squares;
-  int64_t ld;
-  uint32_t *ut, *block, *vp;  // pairs of bfloat16: [ld/2][K] of u; of some rows [parts][ROWS][GAP]; of v [rows/2][K]
-
-  static int64_t size(int64_t rows, int64_t c) {
-    const int64_t ld = whole(c, 32), height = whole(rows, ROWS);
-    return K * ld + height + K * ld / 2 + (ld + PART - 1) / PART * ROWS * GAP + K * height / 2;
-  }
-
-  void start(float* space, const float* u, int64_t rows, int64_t c) {
-    ld = whole(c, 32);
-    const int64_t height = whole(rows, ROWS);
-    z = space;
-    squares = z + K * ld;
-    ut = reinterpret_cast<uint32_t*>(squares + height);
-    vp = ut + K * ld / 2;
-    block = vp + K * height / 2;
-    std::memset(z, 0, sizeof(float) * K * ld);
-    for (int64_t i = 0; i < ld; i += 16) {  // 8 pairs of each vector, transposed
-      const __mmask16 inside = mask(c - i);
-      __m256i x[K];
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k)
-        x[k] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(inside, u + k * c + i)));
-      transpose(x);
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) _mm256_store_si256(reinterpret_cast<__m256i*>(ut + K * (i / 2 + k)), x[k]);
-    }
-  }
-
-  static __mmask16 mask(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
-
-  static void transpose(__m256i (&x)[8]) {
-    __m256i a[8], b[8];
-#pragma GCC unroll 4
-    for (int i = 0; i < 8; i += 2) {
-      a[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
-      a[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        b[i + 2 * j] = _mm256_unpacklo_epi64(a[i + j], a[i + j + 2]);
-        b[i + 2 * j + 1] = _mm256_unpackhi_epi64(a[i + j], a[i + j + 2]);
-      }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      x[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
-      x[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
-    }
-  }
-
-  // Two rows of `count` entries, of which `inside` are there, as pairs.
-  static void round(const float* upper, const float* lower, int64_t inside, int64_t count, uint32_t* to,
-                    __m512 (&squares)[2]) {
-    __m512 first = squares[0], second = squares[1];
-    auto both = [&](int64_t i, __m512 x, __m512 y) {
-      first = _mm512_fmadd_ps(x, x, first);
-      second = _mm512_fmadd_ps(y, y, second);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to + i / 2), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(to + GAP + i / 2), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
-    };
-    int64_t i = 0;
-    for (; i + 16 <= inside; i += 16) both(i, _mm512_loadu_ps(upper + i), _mm512_loadu_ps(lower + i));
-    for (; i < count; i += 16) {
-      const __mmask16 some = mask(inside - i);
-      both(i, _mm512_maskz_loadu_ps(some, upper + i), _mm512_maskz_loadu_ps(some, lower + i));
-    }
-    squares[0] = first, squares[1] = second;
-  }
-
-  static __m256bh every(uint32_t pair) { return reinterpret_cast<__m256bh>(_mm256_set1_epi32(static_cast<int>(pair))); }
-
-  template <class Beside>
-  INLINE Beside add(const float* w, int64_t gap, int64_t first, int64_t rows, int64_t c, Beside beside) {
-    alignas(64) static const float zeros[PART] = {};
-    __m256 sum[ROWS];
-    __m512 square[ROWS / 2][2];
-    for (int r = 0; r < ROWS; ++r) sum[r] = _mm256_setzero_ps(), square[r / 2][r % 2] = _mm512_setzero_ps();
-    for (int64_t start = 0; start < ld; start += PART) {
-      const int64_t count = std::min(PART, ld - start), inside = std::min(PART, c - start);
-      uint32_t* part = block + start / PART * ROWS * GAP;
-      for (int64_t r = 0; r < ROWS; r += 2)
-        round(r < rows ? w + r * gap + start : zeros, r + 1 < rows ? w + (r + 1) * gap + start : zeros, inside, count,
-              part + r * GAP, square[r / 2]);
-      beside = images(ut + K * start / 2, part, count, sum, beside);
-    }
-    uint32_t* v = vp + first / 2 * K;
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r += 2) {
-      const __m128i upper = reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(sum[r]));
-      const __m128i lower = reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(sum[r + 1]));
-      _mm_store_si128(reinterpret_cast<__m128i*>(v + r / 2 * K), _mm_unpacklo_epi16(upper, lower));
-      _mm_store_si128(reinterpret_cast<__m128i*>(v + r / 2 * K + 4), _mm_unpackhi_epi16(upper, lower));
-    }
-    for (int r = 0; r < ROWS; ++r) squares[first + r] = _mm512_reduce_add_ps(square[r / 2][r % 2]);
-    for (int64_t start = 0; start < ld; start += PART)
-      beside = back(v, block + start / PART * ROWS * GAP, std::min(PART, ld - start), z + start, beside);
-    return beside;
-  }
-
-  template <class Beside>
-  static INLINE Beside images(const uint32_t* u, const uint32_t* part, int64_t count, __m256 (&sums)[ROWS],
-                              Beside beside) {
-    __m256 sum[ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) sum[r] = sums[r];
-    for (const uint32_t* stop = u + K * count / 2; u < stop; u += K, ++part) {
-      beside.work();
-      const __m256bh x = reinterpret_cast<__m256bh>(_mm256_load_si256(reinterpret_cast<const __m256i*>(u)));
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) sum[r] = _mm256_dpbf16_ps(sum[r], x, every(part[r * GAP]));
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) sums[r] = sum[r];
-    return beside;
-  }
-
-  template <class Beside>
-  INLINE Beside back(const uint32_t* v, const uint32_t* part, int64_t count, float* z, Beside beside) const {
-    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    for (const float* stop = z + count; z < stop; z += 16, part += 8) {
-      __m512 sums[K];
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) sums[k] = _mm512_load_ps(z + k * ld);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r += 2) {
-        beside.work();
-        const __m256i upper = _mm256_load_si256(reinterpret_cast<const __m256i*>(part + r * GAP));
-        const __m256i lower = _mm256_load_si256(reinterpret_cast<const __m256i*>(part + (r + 1) * GAP));
-        const __m512bh x = reinterpret_cast<__m512bh>(
-            _mm512_permutex2var_epi16(_mm512_castsi256_si512(upper), order, _mm512_castsi256_si512(lower)));
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k)
-          sums[k] = _mm512_dpbf16_ps(
-              sums[k], x, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(v[r / 2 * K + k]))));
-      }
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) _mm512_store_ps(z + k * ld, sums[k]);
-    }
-    return beside;
-  }
-
-  void gram(int64_t rows, float (&found)[K][K]) const {
-    __m256 sum[K];
-    for (int a = 0; a < K; ++a) sum[a] = _mm256_setzero_ps();
-    for (int64_t r = 0; r < (rows + 1) / 2; ++r) {
-      const __m256bh x = reinterpret_cast<__m256bh>(_mm256_load_si256(reinterpret_cast<__m256i*>(vp + r * K)));
-#pragma GCC unroll 8
-      for (int a = 0; a < K; ++a) sum[a] = _mm256_dpbf16_ps(sum[a], x, every(vp[r * K + a]));
-    }
-    for (int a = 0; a < K; ++a) _mm256_storeu_ps(found[a], sum[a]);
-  }
-};
-
-#else
-
-struct Products {
-  float *z, *squares, *ut, *v;  // ut [c][K], v [rows][K]
-  int64_t ld;
-
-  static int64_t size(int64_t rows, int64_t c) { return 2 * K * whole(c, 16) + (K + 1) * whole(rows, 16); }
-
-  void start(float* space, const float* u, int64_t rows, int64_t c) {
-    ld = whole(c, 16);
-    z = space;
-    ut = z + K * ld;
-    v = ut + K * ld;
-    squares = v + K * whole(rows, 16);
-    std::memset(z, 0, sizeof(float) * K * ld);
-    std::fill(squares + rows, squares + whole(rows, 16), 0.0f);
-    for (int64_t i = 0; i < c; ++i)
-      for (int k = 0; k < K; ++k) ut[K * i + k] = u[k * c + i];
-  }
-
-  template <int N, class Beside>
-  INLINE Beside images(const float* w, int64_t gap, int64_t c, float* v, Beside beside) const {
-    f8 sum[N];
-#pragma GCC unroll 8
-    for (int r = 0; r < N; ++r) sum[r] = f8{};
-    int64_t i = 0;
-    for (; i + 4 <= c; i += 4) {
-      if (N == R) beside.work();
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const f8 u = read8(ut + K * (i + j));
-#pragma GCC unroll 8
-        for (int r = 0; r < N; ++r) sum[r] += w[r * gap + i + j] * u;
-      }
-    }
-    for (; i < c; ++i)
-#pragma GCC unroll 8
-      for (int r = 0; r < N; ++r) sum[r] += w[r * gap + i] * read8(ut + K * i);
-#pragma GCC unroll 8
-    for (int r = 0; r < N; ++r) write8(v + K * r, sum[r]);
-    return beside;
-  }
-
-  template <class Beside>
-  INLINE Beside add(const float* w, int64_t gap, int64_t first, int64_t rows, int64_t c, Beside beside) {
-    float *image = v + K * first, *square = squares + first;
-    int64_t r = 0;
-    for (; r + R <= rows; r += R) beside = images<R>(w + r * gap, gap, c, image + K * r, beside);
-    for (; r < rows; ++r) beside = images<1>(w + r * gap, gap, c, image + K * r, beside);
-    wide parts[ROWS];
-    for (r = 0; r < rows; ++r) parts[r] = wide{};
-    int64_t i = 0;
-    for (; i + W <= c; i += W) {
-      wide sum[K];
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) sum[k] = read(z + k * ld + i);
-      for (r = 0; r < rows; ++r) {
-        if (r % 2 == 0) beside.work();
-        const wide x = read(w + r * gap + i);
-        parts[r] += x * x;
-#pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) sum[k] += x * image[K * r + k];
-      }
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) write(z + k * ld + i, sum[k]);
-    }
-    for (r = 0; r < rows; ++r) square[r] = total(parts[r]);
-    for (; i < c; ++i) {
-      f8 sum = f8{};
-      for (r = 0; r < rows; ++r) {
-        const float x = w[r * gap + i];
-        square[r] += x * x;
-        sum += x * read8(image + K * r);
-      }
-      for (int k = 0; k < K; ++k) z[k * ld + i] += sum[k];
-    }
-    return beside;
-  }
-
-  void gram(int64_t rows, float (&found)[K][K]) const {
-    f8 sum[K];
-    for (int a = 0; a < K; ++a) sum[a] = f8{};
-    for (int64_t r = 0; r < rows; ++r) {
-      const f8 row = read8(v + K * r);
-#pragma GCC unroll 8
-      for (int a = 0; a < K; ++a) sum[a] += v[K * r + a] * row;
-    }
-    for (int a = 0; a < K; ++a) write8(found[a], sum[a]);
-  }
-};
-
-#endif
-
-// What is made of them -------------------------------------------------------------------------------------------------
-
-// A symmetric, non-negative matrix of the products of K vectors.
-struct Gram {
-  float x[K][K];
-
-  float trace() const {
-    float sum = 0;
-    for (int a = 0; a < K; ++a) sum += x[a][a];
+  wide trace() const {
+    wide sum = x[0][0];
+    for (int a = 1; a < K; ++a) sum += x[a][a];
     return sum;
   }
 
-  void scale(float factor) {
-    for (int a = 0; a < K; ++a) write8(x[a], factor * read8(x[a]));
-  }
-};
-
-// found[a][b] = z[a]·z[b] for the rows a in [first, stop) of z [K][ld] and all b <= a.
-template <int first, int stop>
-inline void dots(const float* z, int64_t ld, float (&found)[K][K]) {
-  constexpr int count = (stop * (stop + 1) - first * (first + 1)) / 2;
-  wide sum[count];
+  // The products of the rows a in [first, stop) of z [K][ld] with all rows b <= a.
+  template <int first, int stop>
+  INLINE void dots(int lane, const float* z, int64_t ld) {
+    constexpr int count = (stop * (stop + 1) - first * (first + 1)) / 2;
+    wide sum[count];
 #pragma GCC unroll 24
-  for (int i = 0; i < count; ++i) sum[i] = wide{};
-  for (int64_t i = 0; i < ld; i += W) {
-    wide row[stop];
+    for (int i = 0; i < count; ++i) sum[i] = wide{};
+    for (int64_t i = 0; i < ld; i += W) {
+      wide row[stop];
 #pragma GCC unroll 8
-    for (int a = 0; a < stop; ++a) row[a] = read(z + a * ld + i);
+      for (int a = 0; a < stop; ++a) row[a] = read(z + a * ld + i);
+      int at = 0;
+#pragma GCC unroll 8
+      for (int a = first; a < stop; ++a)
+#pragma GCC unroll 8
+        for (int b = 0; b <= a; ++b) sum[at++] += row[a] * row[b];
+    }
+    alignas(64) float found[16];
+    totals(sum, found);
     int at = 0;
 #pragma GCC unroll 8
     for (int a = first; a < stop; ++a)
 #pragma GCC unroll 8
-      for (int b = 0; b <= a; ++b) sum[at++] += row[a] * row[b];
+      for (int b = 0; b <= a; ++b) x[a][b][lane] = found[at++];
   }
-  int at = 0;
-#pragma GCC unroll 8
-  for (int a = first; a < stop; ++a)
-#pragma GCC unroll 8
-    for (int b = 0; b <= a; ++b) found[a][b] = found[b][a] = total(sum[at++]);
-}
 
-// The products of the rows of z [K][ld].
-Gram gram_of(const float* z, int64_t ld) {
-  Gram found;
-  dots<0, 4>(z, ld, found.x);  // as many sums as there are registers
-  dots<4, 6>(z, ld, found.x);
-  dots<6, 8>(z, ld, found.x);
-  return found;
-}
+  void of_rows(int lane, const float* z, int64_t ld) {
+    dots<0, 4>(lane, z, ld);  // as many sums as there are registers
+    dots<4, 6>(lane, z, ld);
+    dots<6, 8>(lane, z, ld);
+  }
 
-// The largest eigenvalue of a matrix of trace 1: squared SQUARINGS times, which leaves one eigenvector or several whose
-// eigenvalues hardly differ, then the Rayleigh quotient (spectral_norm.largest_eigenvalue).
-float largest_eigenvalue(const Gram& given) {
-  Gram m = given;
+  void put(int lane, const float (&given)[K][K]) {
+    for (int a = 0; a < K; ++a)
+      for (int b = 0; b <= a; ++b) x[a][b][lane] = given[a][b];
+  }
+};
+
+// The largest eigenvalues of matrices of trace 1: squared SQUARINGS times, which leaves one eigenvector or several
+// whose eigenvalues hardly differ, then the Rayleigh quotient (spectral_norm.largest_eigenvalue).
+wide largest_eigenvalues(const Grams& given) {
+  Grams powers[2];
+  for (int a = 0; a < K; ++a)
+    for (int b = 0; b <= a; ++b) powers[0].x[a][b] = powers[0].x[b][a] = given.x[a][b];
   for (int round = 0; round < SQUARINGS; ++round) {
-    const float trace = m.trace(), scale = 1.0f / (trace * trace);
-    f8 next[K];
-#pragma GCC unroll 8
+    const Grams& m = powers[round % 2];
+    Grams& next = powers[1 - round % 2];
+    const wide trace = m.trace(), scale = 1.0f / (trace * trace);
     for (int a = 0; a < K; ++a) {
-      f8 s = f8{};
+      wide row[K];
 #pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) s += m.x[a][k] * read8(m.x[k]);
-      next[a] = s * scale;
+      for (int k = 0; k < K; ++k) row[k] = m.x[a][k];
+      for (int b = 0; b <= a; ++b) {
+        wide sum = row[0] * m.x[b][0];
+#pragma GCC unroll 8
+        for (int k = 1; k < K; ++k) sum += row[k] * m.x[b][k];
+        next.x[a][b] = next.x[b][a] = sum * scale;
+      }
     }
-    for (int a = 0; a < K; ++a) write8(m.x[a], next[a]);
   }
-  int best = 0;
-  for (int a = 1; a < K; ++a)
-    if (m.x[a][a] > m.x[best][best]) best = a;
-  f8 image = f8{};
-  for (int a = 0; a < K; ++a) image += m.x[best][a] * read8(given.x[a]);
-  float above = 0, below = 0;
+  const Grams& m = powers[SQUARINGS % 2];
+  wide column[K], best = m.x[0][0], above = wide{}, below = wide{};
+  for (int k = 0; k < K; ++k) column[k] = m.x[0][k];
+  for (int a = 1; a < K; ++a) {
+    const auto better = m.x[a][a] > best;
+    best = better ? m.x[a][a] : best;
+    for (int k = 0; k < K; ++k) column[k] = better ? m.x[a][k] : column[k];
+  }
   for (int a = 0; a < K; ++a) {
-    above += image[a] * m.x[best][a];
-    below += m.x[best][a] * m.x[best][a];
+    wide image = wide{};
+    for (int k = 0; k < K; ++k) image += given.x[std::max(a, k)][std::min(a, k)] * column[k];
+    above += image * column[a];
+    below += column[a] * column[a];
   }
   return above / below;
 }
 
-// z [K][ld] becomes L⁻¹ z / √t for the Cholesky factor L of gram / t, with its trace t: spectral_norm.whitened.
-void whiten(const Gram& gram, float* z, int64_t ld) {
-  const float trace = gram.trace();
-  Gram rest = gram;
-  rest.scale(1.0f / trace);
-  float inverse[K];  // of L's diagonal; column b of L is then rest.x[b], since what is left is symmetric
-  for (int b = 0; b < K; ++b) {
-    const float pivot = rest.x[b][b] + JITTER;
-    inverse[b] = 1.0f / std::sqrt(pivot > JITTER * JITTER ? pivot : JITTER * JITTER);
-    const f8 column = inverse[b] * read8(rest.x[b]);
-    write8(rest.x[b], column);
-    for (int a = b + 1; a < K; ++a) write8(rest.x[a], read8(rest.x[a]) - rest.x[b][a] * column);
+// The Cholesky factors L of matrices over their traces t: spectral_norm.whitened.
+struct Whitening {
+  wide below[K][K], inverse[K], size;  // L below the diagonal; one over the diagonal; 1 / √t
+
+  explicit Whitening(const Grams& gram) {
+    const wide trace = gram.trace(), factor = 1.0f / trace, least = wide{} + JITTER * JITTER;
+    size = 1.0f / roots(trace);
+    for (int a = 0; a < K; ++a)
+      for (int b = 0; b <= a; ++b) below[a][b] = factor * gram.x[a][b];
+    for (int b = 0; b < K; ++b) {
+      const wide pivot = below[b][b] + JITTER;
+      inverse[b] = 1.0f / roots(pivot > least ? pivot : least);
+      for (int a = b + 1; a < K; ++a) below[a][b] *= inverse[b];
+      for (int a = b + 1; a < K; ++a)
+        for (int k = b + 1; k <= a; ++k) below[a][k] -= below[a][b] * below[k][b];
+    }
   }
-  const float size = 1.0f / std::sqrt(trace);
-  for (int64_t i = 0; i < ld; i += W) {  // forward substitution
-    wide row[K];
+
+  // L⁻¹ row / √t for W columns of the vectors of one matrix: forward substitution.
+  INLINE void solve(int lane, wide (&row)[K]) const {
 #pragma GCC unroll 8
-    for (int a = 0; a < K; ++a) row[a] = size * read(z + a * ld + i);
+    for (int a = 0; a < K; ++a) row[a] *= size[lane];
 #pragma GCC unroll 8
     for (int b = 0; b < K; ++b) {
-      row[b] *= inverse[b];
-      write(z + b * ld + i, row[b]);
+      row[b] *= inverse[b][lane];
 #pragma GCC unroll 8
-      for (int a = b + 1; a < K; ++a) row[a] -= rest.x[b][a] * row[b];
+      for (int a = b + 1; a < K; ++a) row[a] -= below[a][b][lane] * row[b];
     }
-  }
-}
-
-// Power vectors of one matrix [rows, c] in the making: one step of block power iteration.
-struct Iteration {
-  Floats space;
-  Products products;
-
-  void start(const float* u, int64_t rows, int64_t c) {
-    products.start(space.fit(Products::size(rows, c)), u, rows, c);
-  }
-
-  template <class Beside>
-  INLINE Beside add(const float* w, int64_t gap, int64_t first, int64_t rows, int64_t c, Beside beside) {
-    return products.add(w, gap, first, rows, c, beside);
-  }
-
-  // From v = W u and z = Wᵀ v: the largest singular value of Wᵀ on the span of v. z becomes Wᵀ y for an orthonormal
-  // basis y of that span, `gram` its products. spectral_norm.ritz has the derivation.
-  float ritz(int64_t rows, Gram& gram) {
-    products.gram(rows, gram.x);
-    const float trace = gram.trace();
-    if (!(trace > 0) || !std::isfinite(trace)) return std::isfinite(trace) ? 0.0f : NAN;
-    whiten(gram, products.z, products.ld);
-    gram = gram_of(products.z, products.ld);
-    const float size = gram.trace();
-    if (!(size > 0) || !std::isfinite(size)) return std::isfinite(size) ? 0.0f : NAN;
-    Gram scaled = gram;
-    scaled.scale(1.0f / size);
-    return std::sqrt(largest_eigenvalue(scaled)) * std::sqrt(size);
-  }
-
-  // The norm; the vectors that follow `u` become `fresh` (which may be u). Entry i of row r of the matrix is
-  // w[r·gap + i·step].
-  float finish(const float* w, int64_t gap, int64_t step, int64_t rows, int64_t c, const float* u, float* fresh,
-               const float* dither, float scale) {
-    Gram gram;
-    float *z = products.z, *squares = products.squares, found = ritz(rows, gram);
-    wide most = wide{}, sum = wide{};
-    for (int64_t r = 0; r < rows; r += W) {
-      const wide x = read(squares + r);
-      sum += x;
-      most = most > x ? most : x;
-    }
-    if (std::isnan(found) || !std::isfinite(total(sum))) found = NAN;
-    float longest = 0;
-    for (int i = 0; i < W; ++i) longest = std::max(longest, most[i]);
-    const float row = std::sqrt(longest);
-    const bool lost = row > found;
-    if (lost) {  // the vectors have lost track: the row is one of them
-      const int64_t r = std::find(squares, squares + rows, longest) - squares;
-      for (int64_t i = 0; i < c; ++i) z[i] = w[r * gap + i * step];
-      found = row;
-    }
-    if (!(found > TINY)) {
-      if (fresh != u) std::memcpy(fresh, u, sizeof(float) * K * c);
-      return found;
-    }
-    if (lost) gram = gram_of(z, products.ld);
-    whiten(gram, z, products.ld);
-    for (int k = 0; k < K; ++k)
-      for (int64_t i = 0; i < c; ++i) fresh[k * c + i] = z[k * products.ld + i] + scale * dither[k * c + i];
-    return found;
   }
 };
+
+// One step of block power iteration for a matrix [rows, c]: entry i of row r is w[r·gap + i·step].
+struct Iteration {
+  Products products;
+  const float *w, *u;  // its vectors [K][c], those that follow (may be the same), and the norm
+  int64_t gap, step;
+  float *fresh, *norm;
+
+  // Of the squares of the rows: their sum and the largest.
+  void longest(int64_t rows, float& sum, float& largest) const {
+    wide most = wide{}, sums = wide{};
+    for (int64_t r = 0; r < rows; r += W) {
+      const wide x = read(products.squares + r);
+      sums += x;
+      most = most > x ? most : x;
+    }
+    sum = total(sums), largest = 0;
+    for (int i = 0; i < W; ++i) largest = std::max(largest, most[i]);
+  }
+
+  void write_fresh(const Whitening& lower, int lane, int64_t c, const float* dither, float scale) const {
+    for (int64_t i = 0; i < c; i += W) {
+      wide row[K];
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a) row[a] = read(products.z + a * products.ld + i);
+      lower.solve(lane, row);
+      if (i + W <= c) {
+#pragma GCC unroll 8
+        for (int a = 0; a < K; ++a) write(fresh + a * c + i, row[a] + scale * read(dither + a * c + i));
+      } else {
+        for (int a = 0; a < K; ++a)
+          for (int64_t j = i; j < c; ++j) fresh[a * c + j] = row[a][j - i] + scale * dither[a * c + j];
+      }
+    }
+  }
+};
+
+// From v = W u and z = Wᵀ v of at most W matrices: their largest singular values on the span of v, and the vectors that
+// follow. z becomes Wᵀ y for an orthonormal basis y of that span: spectral_norm.ritz has the derivation.
+void finish_lanes(Iteration* each, int count, int64_t rows, int64_t c, const float* dither, float scale) {
+  Grams gram = {};
+  for (int i = 0; i < count; ++i) {
+    float found[K][K];
+    each[i].products.gram(rows, found);
+    gram.put(i, found);
+  }
+  const auto usable = [](float trace) { return trace > 0 && std::isfinite(trace); };
+  const wide first = gram.trace();
+  const Whitening images(gram);
+  for (int i = 0; i < count; ++i) {
+    if (!usable(first[i])) continue;
+    float* z = each[i].products.z;
+    const int64_t ld = each[i].products.ld;
+    for (int64_t j = 0; j < ld; j += W) {
+      wide row[K];
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a) row[a] = read(z + a * ld + j);
+      images.solve(i, row);
+#pragma GCC unroll 8
+      for (int a = 0; a < K; ++a) write(z + a * ld + j, row[a]);
+    }
+    gram.of_rows(i, z, ld);
+  }
+  const wide second = gram.trace(), factor = 1.0f / second;
+  Grams scaled;
+  for (int a = 0; a < K; ++a)
+    for (int b = 0; b <= a; ++b) scaled.x[a][b] = factor * gram.x[a][b];
+  const wide norms = roots(largest_eigenvalues(scaled)) * roots(second);
+  bool moves[W];
+  for (int i = 0; i < count; ++i) {
+    Iteration& x = each[i];
+    float found = norms[i], sum, longest;
+    const bool finite = std::isfinite(first[i]) && std::isfinite(second[i]);
+    if (!usable(first[i]) || !usable(second[i])) found = finite ? 0.0f : NAN;
+    x.longest(rows, sum, longest);
+    if (!std::isfinite(sum)) found = NAN;
+    const float row = std::sqrt(longest);
+    if (row > found) {  // the vectors have lost track: the row is one of them
+      const int64_t r = std::find(x.products.squares, x.products.squares + rows, longest) - x.products.squares;
+      for (int64_t j = 0; j < c; ++j) x.products.z[j] = x.w[r * x.gap + j * x.step];
+      gram.of_rows(i, x.products.z, x.products.ld);
+      found = row;
+    }
+    *x.norm = found;
+    moves[i] = found > TINY;
+  }
+  const Whitening vectors(gram);
+  for (int i = 0; i < count; ++i)
+    if (moves[i])
+      each[i].write_fresh(vectors, i, c, dither, scale);
+    else if (each[i].fresh != each[i].u)
+      std::memcpy(each[i].fresh, each[i].u, sizeof(float) * K * c);
+}
+
+// Steps of matrices of one shape, in memory that a thread keeps: fresh memory would have to be mapped in every step.
+class Iterations {
+  Floats space;
+  std::vector<Iteration> each;
+
+ public:
+  void fit(int64_t count, int64_t rows, int64_t c) {
+    each.resize(count);
+    space.fit(count * Products::size(rows, c) + Products::scratch(c));
+  }
+
+  void start(int64_t i, const float* u, float* fresh, float* norm, int64_t rows, int64_t c) {
+    float *scratch = space.data(), *own = scratch + Products::scratch(c) + i * Products::size(rows, c);
+    each[i].products.start(own, scratch, u, rows, c);
+    each[i].u = u, each[i].fresh = fresh, each[i].norm = norm;
+  }
+
+  Iteration& operator[](int64_t i) { return each[i]; }
+
+  void finish(int64_t count, int64_t rows, int64_t c, const float* dither, float scale) {
+    for (int64_t i = 0; i < count; i += W)
+      finish_lanes(each.data() + i, static_cast<int>(std::min<int64_t>(W, count - i)), rows, c, dither, scale);
+  }
+};
+
+// How many of n things with this many entries are worked on together: those of which LIMIT are at hand.
+int64_t together(int64_t n, int64_t entries, int threads) {
+  constexpr int64_t LIMIT = 65536;
+  return std::max<int64_t>(1, std::min({static_cast<int64_t>(W), LIMIT / entries, (n + threads - 1) / threads}));
+}
 
 }  // namespace
