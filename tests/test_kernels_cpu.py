@@ -128,6 +128,22 @@ def test_zero_keeps_its_vectors_and_a_lost_row_is_found(library: str) -> None:
     assert abs(fresh[1, 0, 7].item()) > 0.99
 
 
+@pytest.mark.parametrize("shape", [(7,), (7, 5), (7, 3, 4), (7, 5, 1, 1)])
+def test_factors_are_those_of_one_update_at_a_time(
+    shape: tuple[int, ...], library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 4  # some are far below the largest
+    norms[1], norms[2], norms[3] = 0.0, 1e-19, 1e19
+    norms[4].view(-1)[-1], norms[5].view(-1)[0] = torch.nan, torch.inf
+    targets = torch.arange(7.0)
+    found = runtime.factors(norms, targets)
+    wanted = torch.stack([runtime.piece_factors(x, t) for x, t in zip(norms, targets, strict=True)])
+    torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+    assert found[4:6].isnan().all() and not found[:4].isnan().any() and not found[1:3].any()
+    without(monkeypatch)
+    torch.testing.assert_close(runtime.factors(norms, targets), found, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
 def test_updates_and_averages_are_those_of_adamw(make: type[torch.optim.Optimizer], maximize: bool) -> None:

@@ -204,6 +204,7 @@ void power_step(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64
         iterations[i].w = matrix, iterations[i].gap = ld, iterations[i].step = 1;
         if (p + 1 < pieces)
           for (int64_t k = 0; k < K * c; k += 16) fetch(u + (p + 1) * K * c + k);
+        for (int64_t k = 0; k < K * c; k += 16) __builtin_prefetch(fresh + p * K * c + k, 1, 2);
         for (int64_t r = 0; r < rows; r += ROWS) {
           const int64_t count = std::min<int64_t>(ROWS, rows - r);
           const float* next = r + ROWS < rows ? matrix + (r + ROWS) * ld : p + 1 < pieces ? matrix + apart : matrix;
@@ -277,6 +278,18 @@ void step_matrices(const Matrices* given, int threads) {
         if (!t.guarded || finite) apply(t, p, updates + (p - start) * rows * width, norms, largest, factors);
       }
     }
+  }
+}
+
+// The factors of n updates with so many pieces, from their norms and targets: runtime.factors.
+void piece_factors(const float* norms, const float* targets, float* factors, int64_t n, int64_t pieces) {
+  for (int64_t i = 0; i < n; ++i, norms += pieces, factors += pieces) {
+    float largest = norms[0];
+    for (int64_t k = 1; k < pieces; ++k)
+      if (!(norms[k] <= largest) && !std::isnan(largest)) largest = norms[k];
+    const float floor = largest / CAP;
+    for (int64_t k = 0; k < pieces; ++k)
+      factors[k] = !std::isfinite(largest) ? NAN : largest > TINY ? targets[i] / std::max(norms[k], floor) : 0.0f;
   }
 }
 

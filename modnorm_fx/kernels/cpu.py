@@ -30,6 +30,7 @@ __all__ = [
     "counted",
     "largest_entry",
     "library",
+    "piece_factors",
     "power_step",
     "scale_apply",
     "step_matrices",
@@ -185,6 +186,14 @@ def _power_step(
         _at(vectors), _at(fresh), _at(dither), ctypes.c_double(amount), _at(estimates), torch.get_num_threads(),
     )  # fmt: skip
     return estimates, fresh
+
+
+def piece_factors(norms: Tensor, targets: Tensor) -> Tensor:
+    """`runtime.factors` for contiguous float32 norms `[n, …]`, not empty, and targets `[n]`."""
+    found = torch.empty_like(norms)
+    n = norms.shape[0]
+    _library().piece_factors(_at(norms), _at(targets), _at(found), _long(n), _long(norms.numel() // n))
+    return found
 
 
 class Adam(ctypes.Structure):
