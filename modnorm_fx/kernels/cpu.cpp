@@ -165,22 +165,30 @@ struct Matrices {
 };
 
 // The step of parameter p from its update: of the pieces of a block, with these norms, none is scaled by more than CAP
-// times the factor of the largest.
+// times the factor of the largest. Rows come from two places in turn where factors are the same for all of them:
+// memory answers that faster.
 static void apply(const Matrices& t, int64_t p, const float* update, const float* norms, const float* largest,
                   float* factors) {
-  const int64_t span = t.c * t.taps, width = t.blocks * span, pieces = t.groups * t.taps;
-  for (int64_t r = 0; r < t.groups * t.rows; ++r) {
+  const int64_t span = t.c * t.taps, width = t.blocks * span, pieces = t.groups * t.taps, rows = t.groups * t.rows;
+  const int64_t streams = t.groups == 1 && rows % 2 == 0 ? 2 : 1;
+  for (int64_t k = 0; k < rows; ++k) {
+    const int64_t r = k % streams * (rows / streams) + k / streams;
     for (int64_t b = 0; b < t.blocks; ++b) {
       float* factor = factors + b * span;
-      if (r % t.rows == 0)
+      if (k % t.rows == 0)
         for (int64_t i = 0; i < span; ++i) {
           const float norm = norms[b * pieces + r / t.rows * t.taps + i % t.taps], floor = largest[b] / CAP;
           factor[i] = largest[b] <= TINY ? 0.0f : -t.moves[p * t.blocks + b] / (norm > floor ? norm : floor);
         }
       const float kept = t.kept[p * t.blocks + b];
-      float* __restrict weight = t.w[p] + r * t.ld + b * span;
-      const float* __restrict u = update + r * width + b * span;
-      for (int64_t i = 0; i < span; ++i) weight[i] = kept * weight[i] + factor[i] * u[i];
+      float* weight = t.w[p] + r * t.ld + b * span;
+      const float* u = update + r * width + b * span;
+      int64_t i = 0;
+      for (; i + W <= span; i += W) {
+        fetch(weight + t.ld + i);
+        write(weight + i, kept * read(weight + i) + read(factor + i) * read(u + i));
+      }
+      for (; i < span; ++i) weight[i] = kept * weight[i] + factor[i] * u[i];
     }
   }
 }
