@@ -205,16 +205,21 @@ void power_step(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < pieces; first += batch) {
       const int64_t some = std::min(batch, pieces - first);
+      Pages pages{w + first * apart, w + (pieces - 1) * apart + rows * ld};
+      Pages before{u + first * K * c, u + pieces * K * c}, after{fresh + first * K * c, fresh + pieces * K * c};
       for (int64_t i = 0; i < some; ++i) {
         const int64_t p = first + i;
         const float* matrix = w + p * apart;
         iterations.start(i, u + p * K * c, fresh + p * K * c, estimates + p, rows, c);
         iterations[i].w = matrix, iterations[i].gap = ld, iterations[i].step = 1;
+        before.reach(u + p * K * c);
+        after.reach(fresh + p * K * c);
         if (p + 1 < pieces)
           for (int64_t k = 0; k < K * c; k += 16) fetch(u + (p + 1) * K * c + k);
         for (int64_t k = 0; k < K * c; k += 16) __builtin_prefetch(fresh + p * K * c + k, 1, 2);
         for (int64_t r = 0; r < rows; r += ROWS) {
           const int64_t count = std::min<int64_t>(ROWS, rows - r);
+          pages.reach(matrix + r * ld);
           const float* next = r + ROWS < rows ? matrix + (r + ROWS) * ld : p + 1 < pieces ? matrix + apart : matrix;
           iterations[i].products.add(matrix + r * ld, ld, r, count, c, Fetching{next, next + ROWS * ld});
         }
@@ -229,6 +234,12 @@ void step_matrices(const Matrices* given, int threads) {
   const Matrices& t = *given;
   const int64_t pieces = t.groups * t.taps, span = t.c * t.taps, width = t.blocks * span, rows = t.groups * t.rows;
   const int64_t each = t.blocks * pieces, batch = together(t.n, rows * width, threads);
+  const int64_t block = ROWS * t.ld + AHEAD;
+  const auto touch = [&](int64_t p, int64_t x, int64_t stop) INLINED {  // entries of all four: see Pages
+    if (p == t.n) return;
+    for (; x < std::min(stop, rows * t.ld); x += Pages::PAGE)
+      fetch(t.g[p] + x), fetch(t.m[p] + x), fetch(t.v[p] + x), fetch(t.w[p] + x);
+  };
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Iterations iterations;
@@ -251,6 +262,7 @@ void step_matrices(const Matrices* given, int threads) {
             iterations[at].w = update + i / t.taps * t.rows * width + b * span + i % t.taps;
             iterations[at].gap = width, iterations[at].step = t.taps;
           }
+        if (p == start) touch(p, 0, block);
         Updating next{WideAdam(t.adam[p]), t.g[p], t.m[p], t.v[p], update, width, t.ld - width};
         next.reach(ROWS < t.rows ? ROWS : t.rows, t.adam[p]);
         for (int64_t first = 0; first < rows; first += t.rows)
@@ -258,6 +270,10 @@ void step_matrices(const Matrices* given, int threads) {
             const int64_t stop = r + ROWS < t.rows ? r + ROWS : t.rows;
             const int64_t ahead = first + stop + ROWS < rows ? first + stop + ROWS : rows;
             next.aim(ahead);
+            if (first + stop < rows)
+              touch(p, (first + r) * t.ld + block, (first + stop) * t.ld + block);
+            else
+              touch(p + 1, 0, block);
             for (int64_t k = 0; k < t.blocks * t.taps; ++k) {
               const int64_t b = k / t.taps, at = k % t.taps;
               const float* w = update + (first + r) * width + b * span;
