@@ -176,7 +176,7 @@ def spectral(matrices: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
     One warm step of power iteration; without vectors, as many as it takes from a fixed start.
     """
     flat = matrices if matrices.dim() == 3 else matrices.flatten(0, -3)
-    if flat.device.type == "cpu" and flat.stride(-1) != 1:  # as the kernel reads it
+    if flat.is_cpu and flat.stride(-1) != 1:  # as the kernel reads it
         flat = flat.contiguous()
     estimate, vectors = power_iteration(flat, start_vectors(flat) if vectors is None else vectors)
     return (estimate if flat is matrices else estimate.view(matrices.shape[:-2])), vectors
@@ -211,7 +211,7 @@ def most(norms: Tensor) -> Tensor:
 def factors(norms: Tensor, targets: Tensor | None = None) -> Tensor:
     """`piece_factors` for each of the n updates: `norms` `[n, …]`, `targets` `[n]` (or 1); shaped like `norms`."""
     if targets is not None and not torch.compiler.is_compiling() and norms.numel() and cpu.takes(norms, targets):
-        return cpu.piece_factors(norms.contiguous(), targets)  # nine small operations otherwise
+        return cpu.piece_factors(norms if norms.is_contiguous() else norms.contiguous(), targets)  # else nine small steps
     shape = (-1,) + (1,) * (norms.dim() - 1)
     top = most(norms).view(shape)
     found = (1.0 if targets is None else targets.view(shape)) / torch.maximum(norms, top / PIECE_CAP)

@@ -153,7 +153,7 @@ def available() -> bool:
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these: plain float32 tensors on the CPU, and a compiler at hand."""
     for t in tensors:
-        if t.dtype != torch.float32 or t.device.type != "cpu" or type(t) not in PLAIN:
+        if t.dtype != torch.float32 or not t.is_cpu or type(t) not in PLAIN:
             return False
     return available()
 
@@ -177,7 +177,7 @@ def power_step(matrices: Tensor, vectors: Tensor, dither: Tensor, amount: float)
 def _power_step(
     compiled: ctypes.CDLL, matrices: Tensor, vectors: Tensor, dither: Tensor, amount: float
 ) -> tuple[Tensor, Tensor]:
-    vectors = vectors.contiguous()
+    vectors = vectors if vectors.is_contiguous() else vectors.contiguous()
     fresh = torch.empty_like(vectors)
     estimates = torch.empty(len(matrices), device="cpu")
     pieces, rows, c = matrices.shape

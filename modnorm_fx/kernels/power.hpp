@@ -80,10 +80,12 @@ wide largest_eigenvalues(const Grams& given) {
     const Grams& m = powers[round % 2];
     Grams& next = powers[1 - round % 2];
     const wide trace = m.trace(), scale = 1.0f / (trace * trace);
+#pragma GCC unroll 8
     for (int a = 0; a < K; ++a) {
       wide row[K];
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k) row[k] = m.x[a][k];
+#pragma GCC unroll 8
       for (int b = 0; b <= a; ++b) {
         wide sum = row[0] * m.x[b][0];
 #pragma GCC unroll 8
@@ -111,11 +113,11 @@ wide largest_eigenvalues(const Grams& given) {
 
 // The Cholesky factors L of matrices over their traces t: spectral_norm.whitened.
 struct Whitening {
-  wide below[K][K], inverse[K], size;  // L below the diagonal; one over the diagonal; 1 / √t
+  wide below[K][K], inverse[K];  // √t L below the diagonal; 1 / √t over the diagonal
 
   explicit Whitening(const Grams& gram) {
     const wide trace = gram.trace(), factor = 1.0f / trace, least = wide{} + JITTER * JITTER;
-    size = 1.0f / roots(trace);
+    const wide root = roots(trace), size = 1.0f / root;
     for (int a = 0; a < K; ++a)
       for (int b = 0; b <= a; ++b) below[a][b] = factor * gram.x[a][b];
     for (int b = 0; b < K; ++b) {
@@ -125,12 +127,14 @@ struct Whitening {
       for (int a = b + 1; a < K; ++a)
         for (int k = b + 1; k <= a; ++k) below[a][k] -= below[a][b] * below[k][b];
     }
+    for (int b = 0; b < K; ++b) {
+      inverse[b] *= size;
+      for (int a = b + 1; a < K; ++a) below[a][b] *= root;
+    }
   }
 
   // L⁻¹ row / √t for W columns of the vectors of one matrix: forward substitution.
   INLINE void solve(int lane, wide (&row)[K]) const {
-#pragma GCC unroll 8
-    for (int a = 0; a < K; ++a) row[a] *= size[lane];
 #pragma GCC unroll 8
     for (int b = 0; b < K; ++b) {
       row[b] *= inverse[b][lane];

@@ -271,14 +271,18 @@ struct Products {
   }
 
   void gram(int64_t rows, float (&found)[K][K]) const {
-    __m256 sum[K];
-    for (int a = 0; a < K; ++a) sum[a] = _mm256_setzero_ps();
-    for (int64_t r = 0; r < (rows + 1) / 2; ++r) {
-      const __m256bh x = reinterpret_cast<__m256bh>(_mm256_load_si256(reinterpret_cast<__m256i*>(vp + r * K)));
+    __m256 sum[2][K];  // of pairs of rows in turn: twice as many sums hide the latency
+#pragma GCC unroll 16
+    for (int i = 0; i < 2 * K; ++i) sum[i / K][i % K] = _mm256_setzero_ps();
+    for (int64_t r = 0; r < whole(rows, ROWS) / 2; r += 2)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t* v = vp + (r + i) * K;
+        const __m256bh x = reinterpret_cast<__m256bh>(_mm256_load_si256(reinterpret_cast<const __m256i*>(v)));
 #pragma GCC unroll 8
-      for (int a = 0; a < K; ++a) sum[a] = _mm256_dpbf16_ps(sum[a], x, every(vp[r * K + a]));
-    }
-    for (int a = 0; a < K; ++a) _mm256_storeu_ps(found[a], sum[a]);
+        for (int a = 0; a < K; ++a) sum[i][a] = _mm256_dpbf16_ps(sum[i][a], x, every(v[a]));
+      }
+    for (int a = 0; a < K; ++a) _mm256_storeu_ps(found[a], _mm256_add_ps(sum[0][a], sum[1][a]));
   }
 };
 
