@@ -348,8 +348,11 @@ float largest_entry(const float* const* x, const int64_t* sizes, int64_t tensors
 void scale_apply(float* const* weights, const float* const* updates, int64_t tensors, int64_t rows, int64_t c,
                  const float* factors, const float* decays, int by_column, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t p = 0; p < tensors; ++p)
+  for (int64_t p = 0; p < tensors; ++p) {
+    Pages before{weights[p], weights[p] + rows * c}, change{updates[p], updates[p] + rows * c};
     for (int64_t r = 0; r < rows; ++r) {
+      before.reach(weights[p] + r * c);
+      change.reach(updates[p] + r * c);
       float* __restrict weight = weights[p] + r * c;
       const float* __restrict update = updates[p] + r * c;
       if (by_column) {
@@ -361,5 +364,6 @@ void scale_apply(float* const* weights, const float* const* updates, int64_t ten
         for (int64_t i = 0; i < c; ++i) weight[i] = decay * weight[i] + factor * update[i];
       }
     }
+  }
 }
 }
