@@ -248,26 +248,27 @@ class FusedStep(OfMatrices):
         """
         counts = cpu.counted([noted[3] for noted in self._noted])
         made: dict[tuple[int, float], cpu.Adam] = {}
-        places, settings, owner = {}, {}, {}
+        known = {}  # of each parameter: its group, settings and addresses
         for (index, name, p), (_, average, square, *_), count in zip(self._mine, self._noted, counts, strict=True):
-            if (index, count) not in made:
-                made[index, count] = cpu.Adam.of(groups[index], count)
-            settings[name] = made[index, count]
-            owner[name] = index
+            adam = made.get((index, count))
+            if adam is None:
+                adam = made[index, count] = cpu.Adam.of(groups[index], count)
             gradient: Any = p.grad
-            places[name] = gradient.data_ptr(), average.data_ptr(), square.data_ptr(), p.data_ptr()
+            known[name] = (
+                index, adam, gradient.data_ptr(), average.data_ptr(), square.data_ptr(), p.data_ptr(),
+            )  # fmt: skip
         lrs = [float(group["lr"]) for group in groups]
         shrinks = [lr * float(group["weight_decay"]) for lr, group in zip(lrs, groups, strict=True)]
         bad = []
         for parts in self._calls:
             part, *_ = parts
-            given = [owner[name] for name in part.names]
+            given, settings, *places = zip(*[known[name] for name in part.names], strict=True)
             for x in parts:
                 vectors: Any = self.whole.vectors[x.spectral]
                 self.whole.vectors[x.spectral] = vectors.contiguous()
             norms = cpu.step_matrices(
-                [[address + 4 * part.offset for address in places[name]] for name in part.names],
-                [settings[name] for name in part.names],
+                places if not part.offset else [[address + 4 * part.offset for address in column] for column in places],
+                settings,
                 [lrs[i] * x.over_unit[at] for at, i in enumerate(given) for x in parts],
                 [1.0 - shrinks[i] * x.targets[at] * x.decays for at, i in enumerate(given) for x in parts],
                 [self.whole.vectors[x.spectral] for x in parts],  # type: ignore[misc]

@@ -106,6 +106,7 @@ class ModularOptimizer(Optimizer):
         self._used = {leaf.weight for leaf in norm.leaves}
         self._names: dict[Tensor, str] = {}
         self._listed: Active = []
+        self._seen: Any = None  # what `_listed` was made from
         self._normalizer: Normalizer | None = None
         self._saved: dict[str, Any] = {}  # state of leaves that it does not hold
         self._placements: dict[str, Placement] = {}
@@ -223,6 +224,7 @@ class ModularOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         skipped = ("_zero_grad_profile_name", "_warned_capturable_if_run_uncaptured", "step")
         kept = {k: v for k, v in self.__dict__.items() if k not in skipped and not k.startswith("_optimizer_")}
+        kept["_seen"] = None
         if self._normalizer is not None:  # generated again by the copy's first step
             kept |= {"_normalizer": None, "_graph": None, "_fused": None, "_saved": self._remembered()}
         return kept
@@ -402,12 +404,13 @@ class ModularOptimizer(Optimizer):
 
     def _all(self) -> Active:
         """Every parameter that the optimizer holds, after a check that the norm knows it with its shape."""
-        places = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
-        pairs = zip(places, self._listed, strict=False)
-        same = len(places) == len(self._listed) and all(i == at and p is q for (i, p), (at, _, q) in pairs)
-        if not same or any(p.shape != self.norm.shapes[name] for _, name, p in self._listed):
+        params = [p for group in self.param_groups for p in group["params"]]
+        seen = [len(group["params"]) for group in self.param_groups], [*map(id, params)], [p.shape for p in params]
+        if seen != self._seen:  # which is quick: this runs in every step
+            places = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
             self._check_known(places)
             self._listed = [(index, self._names[p], p) for index, p in places]
+            self._seen = seen
         return self._listed
 
     def _check_known(self, params: list[tuple[int, Tensor]]) -> None:

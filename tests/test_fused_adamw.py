@@ -77,9 +77,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     inner = cpu.step_matrices
 
-    def counted(places, *rest):
-        found.append(len(places))
-        return inner(places, *rest)
+    def counted(places, settings, *rest):
+        found.append(len(settings))
+        return inner(places, settings, *rest)
 
     monkeypatch.setattr(cpu, "step_matrices", counted)
     return found

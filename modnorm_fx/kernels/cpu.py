@@ -39,7 +39,8 @@ __all__ = [
 
 logger = logging.getLogger("modnorm_fx")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "power.hpp", "products.hpp"))  # what is compiled; its includes
+#: what is compiled; what it includes
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "power.hpp", "products.hpp"))
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno")
 #: tried in this order: compilers without OpenMP (Apple's) give one thread, some know no vector width
 TRIES = ((*FLAGS, "-fopenmp"), FLAGS, ("-O3", "-march=native"), ("-O3",))
@@ -102,7 +103,7 @@ def _steps_right(compiled: ctypes.CDLL, wave: Tensor, start: Tensor) -> bool:
     update, before = m / (v.sqrt() + 0.125), weight.clone()
     adam = Adam(0.9, 0.75, 0.125, 1.0, -1.0)
     none, vectors = torch.zeros(8, columns, device="cpu"), start.clone()
-    places = [[x.data_ptr() for x in (gradient, average, square, weight)]]
+    places = [[x.data_ptr()] for x in (gradient, average, square, weight)]
     shape = (1, 1, rows, columns, columns)
     norms = step_matrices(places, [adam], [2.0], [0.5], [vectors], none, 0.0, shape, True, compiled)
     wanted, _ = _power_step(compiled, update[None], start, none, 0.0)
@@ -260,15 +261,15 @@ def step_matrices(
     of the largest piece of the block.
 
     Args:
-        places: addresses of the part in gradient, average, average of squares and weight, all float32, of each
-        parameter. moves, kept: for each parameter and block of columns. vectors: for each block
+        places: addresses of the part in all gradients, then in averages, averages of squares and weights, all float32.
+        settings: of each parameter. moves, kept: for each parameter and block of columns. vectors: for each block
         `[n·groups·taps, 8, c]`, replaced. shape: groups, taps, rows, c and ld, as in cpu.cpp.
         guarded: whether weights stay as they are where a norm is not finite. compiled: the library, if not `library()`.
     """
-    n, blocks = len(places), len(vectors)
+    n, blocks = len(settings), len(vectors)
     groups, taps, *sizes = shape
     norms = torch.empty(n, blocks, groups * taps, device="cpu")
-    pointers: list[Any] = [(ctypes.c_void_p * n)(*column) for column in zip(*places, strict=True)]
+    pointers: list[Any] = [(ctypes.c_void_p * n)(*column) for column in places]
     numbers: list[Any] = [(Adam * n)(*settings), (_float * (n * blocks))(*moves), (_float * (n * blocks))(*kept)]
     arrays = [*pointers, *numbers, _addresses(vectors)]
     given = _Matrices(
