@@ -211,7 +211,7 @@ def most(norms: Tensor) -> Tensor:
 def factors(norms: Tensor, targets: Tensor | None = None) -> Tensor:
     """`piece_factors` for each of the n updates: `norms` `[n, …]`, `targets` `[n]` (or 1); shaped like `norms`."""
     if targets is not None and not torch.compiler.is_compiling() and norms.numel() and cpu.takes(norms, targets):
-        return cpu.piece_factors(norms if norms.is_contiguous() else norms.contiguous(), targets)  # one step, not nine
+        return cpu.piece_factors(norms, targets)  # one step, not nine
     shape = (-1,) + (1,) * (norms.dim() - 1)
     top = most(norms).view(shape)
     found = (1.0 if targets is None else targets.view(shape)) / torch.maximum(norms, top / PIECE_CAP)

@@ -190,7 +190,8 @@ def _power_step(
 
 
 def piece_factors(norms: Tensor, targets: Tensor) -> Tensor:
-    """`runtime.factors` for contiguous float32 norms `[n, …]`, not empty, and targets `[n]`."""
+    """`runtime.factors` for float32 norms `[n, …]`, not empty, and targets `[n]`."""
+    norms, targets = norms.contiguous(), targets.contiguous()
     found = torch.empty_like(norms)
     n = norms.shape[0]
     _library().piece_factors(_at(norms), _at(targets), _at(found), _long(n), _long(norms.numel() // n))
