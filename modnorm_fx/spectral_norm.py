@@ -33,8 +33,9 @@ __all__ = [
     "working",
 ]
 
-TINY = 1e-18
-"""Norms below this count as zero: the squares of the entries leave the range of float32."""
+TINY = 1e-15
+"""Norms below this count as zero: their squares, of which Gram matrices are made, must be right to less than `JITTER` in
+float32, whose range ends at 1.2e-38. (1e-15)² = 1e-30 leaves a hundred for sums that are smaller than their largest."""
 
 DITHER = 1e-3
 """Size of the fixed vector mixed into every stored power vector. It costs 1e-6 of the estimate and lets a vector leave
@@ -177,7 +178,7 @@ def whitened(rows: Tensor, gram: Tensor) -> Tensor:
     below its root, a thousandth of the largest, fade.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).real
-    nonzero = torch.where(trace > 0, trace, 1.0)[:, None, None]
+    nonzero = torch.where(trace <= TINY * TINY, 1.0, trace)[:, None, None]
     gram = gram / nonzero + JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     lower, _ = torch.linalg.cholesky_ex(gram)
     return torch.linalg.solve_triangular(lower, rows / nonzero.sqrt(), upper=False)

@@ -40,6 +40,30 @@ def test_estimates_stay_below_and_converge(
     assert (estimate >= true * 0.97).all()
 
 
+@pytest.mark.parametrize("rank", [1, 3, 20])
+@pytest.mark.parametrize("way", [*NAMES, "torch"])
+def test_small_updates_have_norms_and_smaller_ones_count_as_zero(
+    way: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What AdamW makes of a layer that is dead fades by a constant factor each step, down to nothing."""
+    if way == "torch":
+        without(monkeypatch)
+    for power in range(-44, 13):
+        w = (matrices(4, 24, rank) @ matrices(4, rank, 40, seed=1) * 10.0**power).contiguous()
+        true = torch.linalg.svdvals(w.double())[:, 0]
+        vectors = runtime.start_vectors(w)
+        for _ in range(6):
+            if way == "torch":
+                estimate, vectors = runtime.power_iteration(w, vectors)
+            else:
+                dither = spectral_norm.dither(40)
+                estimate, vectors = cpu._power_step(compiled(way), w, vectors, dither, spectral_norm.DITHER)
+            assert vectors.isfinite().all() and estimate.isfinite().all(), power
+            assert (estimate <= true * (1 + ROUNDING) + spectral_norm.TINY).all(), power
+        counted = true > 10 * spectral_norm.TINY
+        assert (estimate >= true * 0.97)[counted].all(), power
+
+
 @pytest.mark.parametrize("shape", [(3, 24, 40), (2, 40, 9), (1, 9, 33), (2, 300, 17), (1, 17, 2500)])
 def test_one_step_is_that_of_torch(shape: tuple[int, ...], library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = matrices(*shape)

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int SQUARINGS = 8;     // spectral_norm.SQUARINGS
 constexpr float JITTER = 1e-6f;  // spectral_norm.JITTER
-constexpr double TINY = 1e-18;   // spectral_norm.TINY
+constexpr double TINY = 1e-15;   // spectral_norm.TINY
 
 INLINE wide roots(wide x) {
   float each[W];
@@ -189,7 +189,7 @@ void finish_lanes(Iteration* each, int count, int64_t rows, int64_t c, const flo
     each[i].products.gram(rows, found);
     gram.put(i, found);
   }
-  const auto usable = [](float trace) { return trace > 0 && std::isfinite(trace); };
+  const auto usable = [](float trace) { return trace > TINY * TINY && std::isfinite(trace); };
   const wide first = gram.trace();
   const Whitening images(gram);
   for (int i = 0; i < count; ++i) {
