@@ -27,7 +27,7 @@ from .atoms import _Largest as Largest
 from .atoms import _Rows as Rows
 from .matrix_atoms import _Spectral as Spectral
 
-__all__ = ["Measured", "Writer", "direct", "measure"]
+__all__ = ["Measured", "Writer", "direct", "measure", "single"]
 
 
 class Writer(Protocol):
@@ -69,6 +69,16 @@ def _alone(atom: Atom, norms: str) -> Measured:
 def measure(atom: Atom, x: str, out: Writer) -> Measured:
     """The norms of the atom's pieces in the stack that the expression `x` names."""
     raise NotImplementedError(f"no code for {type(atom).__name__}")
+
+
+def single(atom: Atom, x: str) -> tuple[str, str] | None:
+    """Of an atom that is one matrix with power vectors: its matrices in the stack `x` and its norm over their singular
+    values ("" if that is 1), as expressions. Norms and factors of such a stack are one call, `rt.matrix_factors`."""
+    if not isinstance(atom, Spectral) or isinstance(atom, (Conv, Experts, Gates)):
+        return None
+    if min(atom.piece_shape[1:]) <= runtime.BLOCK:
+        return None
+    return _matrices(atom, x), _unit(atom).removesuffix(" * ")
 
 
 @singledispatch

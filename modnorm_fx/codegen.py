@@ -165,10 +165,22 @@ class _Body:
         self.names = 0
 
     def spectral(self, matrices: str) -> str:
-        index = len(self.owners)
-        self.owners.append(self.line)
+        index = self._owned()
         self._write(f"s{index}, v[{index}] = rt.spectral({matrices}, u[{index}])")
         return f"s{index}"
+
+    def _matrix_factors(self, matrices: str, unit: str) -> str:
+        """Writes norms and factors of a stack with one matrix each; returns the name of the factors `[n, 1, 1]`."""
+        self.names += 1
+        index, name = self._owned(), f"f{self.names}"
+        given = ", ".join([matrices, f"u[{index}]", f"t[{self.line}]", *([unit] if unit else [])])
+        self._write(f"{name}, v[{index}] = rt.matrix_factors({given})")
+        return name
+
+    def _owned(self) -> int:
+        """The number of one more set of power vectors, which the line that is being written owns."""
+        self.owners.append(self.line)
+        return len(self.owners) - 1
 
     def assign(self, hint: str, expression: str) -> str:
         self.names += 1
@@ -208,6 +220,9 @@ class _Body:
             self._put(f"x[{index}]", bucket, line, atom_code.direct(line.atom, x, self))
             axes = len(line.atom.shape)
             found = (f"{t}[:{', None' * axes}]" if axes else t), (1,) * axes
+        elif (alone := atom_code.single(line.atom, x)) is not None:
+            axes = len(line.atom.shape)
+            found = self._matrix_factors(*alone) + f"[...{', None' * (axes - 2)}]" * (axes > 2), (1,) * axes
         else:
             measured = atom_code.measure(line.atom, x, self)
             found = measured.spread(f"rt.factors({measured.norms}, {t})"), measured.fills

@@ -141,7 +141,6 @@ class Normalizer:
 
     # Measuring ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def factors(self, *, learn: bool = True) -> list[Tensor]:
         """The factor of each buffer that brings its updates to their targets, broadcastable against it; NaN where an
         update is not finite. Dualising normalisers turn the buffers into duals first. `keep` keeps the power vectors.
@@ -149,6 +148,9 @@ class Normalizer:
         Without `learn`, which asks the device what has moved, a leaf that moves for the first time is not iterated to
         convergence.
         """
+        if torch.is_grad_enabled() and any(buffer.requires_grad for buffer in self.buffers):
+            with torch.no_grad():  # entered only where it matters: it takes as long as normalising ten matrices of 64²
+                return self.factors(learn=learn)
         with kernels.triton(self._triton):
             return self._factors(learn)
 

@@ -169,6 +169,27 @@ def test_factors_are_those_of_one_update_at_a_time(
     torch.testing.assert_close(runtime.factors(norms, targets), found, rtol=0.0, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.parametrize("unit", [1.0, 0.3])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_factors_of_matrices_in_one_call(
+    sliced: bool, unit: float, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of the norms that are found one after the other, and bring the exact norms to their targets."""
+    w, targets = matrices(7, 24, 40)[:, :, 8 * sliced :], torch.arange(7.0)
+    vectors = runtime.start_vectors(w.contiguous())
+    w[1], w[2, 3, 5], w[3, 0, 0] = 0.0, torch.nan, torch.inf
+    found, fresh = runtime.matrix_factors(w, vectors, targets, unit)
+    norms, wanted = runtime.spectral(w, vectors)
+    assert found.shape == (7, 1, 1) and torch.equal(fresh, wanted)
+    torch.testing.assert_close(found[:, 0, 0], runtime.factors(unit * norms, targets), rtol=0, atol=0, equal_nan=True)
+    assert found[1] == 0.0 and found[2:4].isnan().all()
+    exact = unit * torch.linalg.matrix_norm(found[4:].double() * w[4:].double(), 2)
+    torch.testing.assert_close(exact, targets[4:].double(), rtol=5e-3, atol=0.0)
+    without(monkeypatch)
+    others, _ = runtime.matrix_factors(w, vectors, targets, unit)
+    torch.testing.assert_close(others, found, rtol=5e-3, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW])
 def test_updates_and_averages_are_those_of_adamw(make: type[torch.optim.Optimizer], maximize: bool) -> None:

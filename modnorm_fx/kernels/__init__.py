@@ -6,8 +6,6 @@ They are optional: torch does the same. Triton kernels are used within `triton(T
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -19,14 +17,18 @@ __all__ = ["triton", "triton_for"]
 _TRITON: ContextVar[bool] = ContextVar("modnorm_fx_triton", default=False)
 
 
-@contextlib.contextmanager
-def triton(on: bool) -> Iterator[None]:
-    """Within it, Triton kernels are used where they can be."""
-    token = _TRITON.set(on)
-    try:
-        yield
-    finally:
-        _TRITON.reset(token)
+class triton:
+    """A context within which Triton kernels are used where they can be, if it is on. (A class, since every step enters
+    it, and contextlib's generators cost several times as much.)"""
+
+    def __init__(self, on: bool):
+        self._on = on
+
+    def __enter__(self) -> None:
+        self._token = _TRITON.set(self._on)
+
+    def __exit__(self, *_: object) -> None:
+        _TRITON.reset(self._token)
 
 
 def triton_for(*tensors: Tensor) -> ModuleType | None:

@@ -305,16 +305,25 @@ void step_matrices(const Matrices* given, int threads) {
   }
 }
 
-// The factors of n updates with so many pieces, from their norms and targets: runtime.factors.
-void piece_factors(const float* norms, const float* targets, float* factors, int64_t n, int64_t pieces) {
+// The factors of n updates with so many pieces, from their targets and their norms over `unit`: runtime.factors. They may
+// take the place of the norms.
+void piece_factors(const float* norms, const float* targets, float* factors, int64_t n, int64_t pieces, float unit) {
   for (int64_t i = 0; i < n; ++i, norms += pieces, factors += pieces) {
-    float largest = norms[0];
+    float largest = unit * norms[0];
     for (int64_t k = 1; k < pieces; ++k)
-      if (!(norms[k] <= largest) && !std::isnan(largest)) largest = norms[k];
+      if (const float norm = unit * norms[k]; !(norm <= largest) && !std::isnan(largest)) largest = norm;
     const float floor = largest / CAP;
     for (int64_t k = 0; k < pieces; ++k)
-      factors[k] = !std::isfinite(largest) ? NAN : largest > TINY ? targets[i] / std::max(norms[k], floor) : 0.0f;
+      factors[k] = !std::isfinite(largest) ? NAN : largest > TINY ? targets[i] / std::max(unit * norms[k], floor) : 0.0f;
   }
+}
+
+// `power_step` and the `factors` [pieces] of the matrices, each an update of its own.
+void matrix_factors(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64_t rows, int64_t c, const float* u,
+                    float* fresh, const float* dither, const float* targets, float unit, double scale, float* factors,
+                    int threads) {
+  power_step(w, pieces, apart, ld, rows, c, u, fresh, dither, scale, factors, threads);
+  piece_factors(factors, targets, factors, pieces, 1, unit);
 }
 
 // Adds 1 to n numbers; `found` is what they are then.

@@ -30,6 +30,7 @@ __all__ = [
     "counted",
     "largest_entry",
     "library",
+    "matrix_factors",
     "piece_factors",
     "power_step",
     "scale_apply",
@@ -46,6 +47,7 @@ FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fas
 TRIES = ((*FLAGS, "-fopenmp"), FLAGS, ("-O3", "-march=native"), ("-O3",))
 SECONDS = 120
 PLAIN = (Tensor, torch.nn.Parameter)
+_long, _float = ctypes.c_int64, ctypes.c_float
 
 
 @functools.cache
@@ -79,6 +81,9 @@ def _loaded(path: Path | None) -> ctypes.CDLL | None:
         return None
     found = ctypes.CDLL(str(path))
     found.largest_entry.restype = ctypes.c_float
+    at = ctypes.c_void_p
+    found.matrix_factors.argtypes = [at, *[_long] * 5, *[at] * 4, _float, ctypes.c_double, at, ctypes.c_int]
+    found.matrix_factors.restype = None
     return found
 
 
@@ -163,9 +168,6 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
 
-_long, _float = ctypes.c_int64, ctypes.c_float
-
-
 def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -194,8 +196,24 @@ def piece_factors(norms: Tensor, targets: Tensor) -> Tensor:
     norms, targets = norms.contiguous(), targets.contiguous()
     found = torch.empty_like(norms)
     n = norms.shape[0]
-    _library().piece_factors(_at(norms), _at(targets), _at(found), _long(n), _long(norms.numel() // n))
+    _library().piece_factors(_at(norms), _at(targets), _at(found), _long(n), _long(norms.numel() // n), _float(1.0))
     return found
+
+
+def matrix_factors(
+    matrices: Tensor, vectors: Tensor, targets: Tensor, unit: float, dither: Tensor, amount: float
+) -> tuple[Tensor, Tensor]:
+    """`power_step` for `[n, rows, c]`, and `runtime.factors` `[n, 1, 1]` of `unit` times its norms; targets `[n]`."""
+    vectors = vectors if vectors.is_contiguous() else vectors.contiguous()
+    targets = targets if targets.is_contiguous() else targets.contiguous()
+    n, rows, c = matrices.shape
+    apart, ld, _ = matrices.stride()
+    fresh, found = torch.empty_like(vectors), matrices.new_empty((n, 1, 1))
+    _library().matrix_factors(
+        matrices.data_ptr(), n, apart, ld, rows, c, vectors.data_ptr(), fresh.data_ptr(), dither.data_ptr(),
+        targets.data_ptr(), unit, amount, found.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return found, fresh
 
 
 class Adam(ctypes.Structure):
