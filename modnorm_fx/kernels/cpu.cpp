@@ -32,12 +32,16 @@ wide root(wide x) {
 }
 #endif
 
-// Work beside the products: the rows that come next are fetched.
+// Work beside the products: rows that come next are fetched, and vectors with the place of those that follow them. All
+// of it at one pace: more fetches at once than a core keeps open make it wait.
 struct Fetching {
-  const float *next, *stop;
-  void work() {
+  const float *next, *stop, *u, *last;
+  float* fresh;
+
+  INLINE void work() {
     if (next < stop) fetch(next);
-    next += W;
+    if (u < last) fetch(u), __builtin_prefetch(fresh, 1, 2);
+    next += W, u += W, fresh += W;
   }
 };
 
@@ -197,7 +201,8 @@ static void apply(const Matrices& t, int64_t p, const float* update, const float
 // that follow `u` [pieces, K, c] become `fresh`, `estimates` [pieces] gets the norms.
 void power_step(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64_t rows, int64_t c, const float* u,
                 float* fresh, const float* dither, double scale, float* estimates, int threads) {
-  const int64_t batch = together(pieces, K * c, threads);
+  const int64_t batch = together(pieces, K * c, threads), blocks = (rows + ROWS - 1) / ROWS;
+  const int64_t size = K * c, share = whole(size, W * blocks) / blocks;  // of vectors, and for each block of rows
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Iterations iterations;
@@ -214,14 +219,15 @@ void power_step(const float* w, int64_t pieces, int64_t apart, int64_t ld, int64
         iterations[i].w = matrix, iterations[i].gap = ld, iterations[i].step = 1;
         before.reach(u + p * K * c);
         after.reach(fresh + p * K * c);
-        if (p + 1 < pieces)
-          for (int64_t k = 0; k < K * c; k += 16) fetch(u + (p + 1) * K * c + k);
-        for (int64_t k = 0; k < K * c; k += 16) __builtin_prefetch(fresh + p * K * c + k, 1, 2);
         for (int64_t r = 0; r < rows; r += ROWS) {
-          const int64_t count = std::min<int64_t>(ROWS, rows - r);
+          const int64_t count = std::min<int64_t>(ROWS, rows - r), block = r / ROWS + 2, that = p + block / blocks;
           pages.reach(matrix + r * ld);
-          const float* next = r + ROWS < rows ? matrix + (r + ROWS) * ld : p + 1 < pieces ? matrix + apart : matrix;
-          iterations[i].products.add(matrix + r * ld, ld, r, count, c, Fetching{next, next + ROWS * ld});
+          Fetching beside = {w + that * apart + block % blocks * ROWS * ld};  // the second block from here
+          beside.stop = that < pieces ? beside.next + ROWS * ld : beside.next;
+          const int64_t from = (p + 1) * size + std::min(size, r / ROWS * share);
+          beside.u = u + from, beside.fresh = fresh + from;
+          beside.last = u + std::min({from + share, (p + 2) * size, pieces * size});
+          iterations[i].products.add(matrix + r * ld, ld, r, count, c, beside);
         }
       }
       iterations.finish(some, rows, c, dither, static_cast<float>(scale));

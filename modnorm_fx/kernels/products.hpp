@@ -81,7 +81,7 @@ INLINE void totals(const wide (&sum)[N], float* found) {
 // one: so they are touched BURST entries at a time, one or two bursts before they are read. (GCC takes what does nothing
 // but fetch for something without effect, and leaves out calls to it: it has to be inlined.)
 struct Pages {
-  static constexpr int64_t PAGE = 1024, BURST = 16 * PAGE;
+  static constexpr int64_t PAGE = 1024, BURST = 32 * PAGE;
   const float *at, *stop;
 
   INLINE void reach(const float* x) {
