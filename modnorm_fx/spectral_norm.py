@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 TINY = 1e-15
-"""Norms below this count as zero: their squares, of which Gram matrices are made, must be right to less than `JITTER` in
-float32, whose range ends at 1.2e-38. (1e-15)² = 1e-30 leaves a hundred for sums that are smaller than their largest."""
+"""Norms below this count as zero: their squares, of which Gram matrices are made, must be right to less than `JITTER`
+in float32, whose range ends at 1.2e-38. (1e-15)² = 1e-30 leaves a hundred for entries smaller than the largest."""
 
 DITHER = 1e-3
 """Size of the fixed vector mixed into every stored power vector. It costs 1e-6 of the estimate and lets a vector leave
