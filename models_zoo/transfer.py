@@ -273,7 +273,7 @@ def check(plan: Plan) -> None:
     for recipe in plan.recipes:
         if recipe not in RECIPES:
             raise ModnormError(f"There is no optimizer {recipe!r}.", do=f"Use {', '.join(RECIPES)}.")
-    schedule(0, plan.steps, plan.warmup)
+    schedule(0, plan.steps, plan.warmup)  # refuses a warm-up that leaves no step
     odd = [width for width in plan.widths if plan.head_size and width % plan.head_size]
     if odd:
         raise ModnormError(
