@@ -177,7 +177,8 @@ def train(args: argparse.Namespace) -> int:
         alone = make(plain.parameters(), lr=lr, weight_decay=args.weight_decay)
         results.append(_run(f"plain {args.optimizer}", args, task, plain, alone))
     size = sum(p.numel() for p in model.parameters())
-    print(f"{args.spec}, {size:,} parameters, {args.steps} steps of {args.batch} on {task.source}, lr falling to 0")
+    schedule = f"rising for {args.warmup} steps, then falling to" if args.warmup else "falling to"
+    print(f"{args.spec}, {size:,} parameters, {args.steps} steps of {args.batch} on {task.source}, lr {schedule} 0")
     print(_table(results))
     if (step := results[0].curve.diverged) is not None:
         raise ModnormError(f"The loss was not finite at step {step} of the modular run.", do="Pass a lower --lr.")

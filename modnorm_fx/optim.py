@@ -406,7 +406,7 @@ class ModularOptimizer(Optimizer):
         """Every parameter that the optimizer holds, after a check that the norm knows it with its shape."""
         params = [p for group in self.param_groups for p in group["params"]]
         seen = [len(group["params"]) for group in self.param_groups], [*map(id, params)], [p.shape for p in params]
-        if seen != self._seen:  # which is quick: this runs in every step
+        if seen != self._seen:  # quick, as every step needs; ids are safe, since `_listed` keeps what they name alive
             places = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
             self._check_known(places)
             self._listed = [(index, self._names[p], p) for index, p in places]

@@ -28,13 +28,13 @@ from modnorm_fx.errors import MassError
 from .find_stacks import Place
 from .type_atoms import Weight
 
-#: Share of a gain or bias relative to a matrix of the same block. Vectors are a few per block and steer all features
+#: Share of a gain relative to a matrix of the same block. Vectors are a few per block and steer all features
 #: at once; a tenth keeps their part of the budget small without freezing them. A choice, not a derivation.
 VECTOR_SHARE = 0.1
 #: Share of the biases of a role relative to a vector, where shares add in quadrature. A bias's update points one way
 #: for all positions, the way that they all want to go: it changes the output up to 6 times as much as the sensitivity
 #: to any direction says, and does so step after step. Targets a tenth as large, so a hundredth in squares; measured,
-#: between 1/4 and 1/30 the losses are flat and lower than at 1 (docs/design-decisions.md).
+#: between 1/4 and 1/30 the losses are flat, and mostly lower than at 1 (docs/design-decisions.md).
 BIAS_SHARE = 0.01
 #: Names of shares, as ``masses`` takes them.
 SHARES = ("vectors", "biases")
