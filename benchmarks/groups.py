@@ -54,7 +54,8 @@ def loss(plan: Plan, lr: float, seed: int, group: str, factor: float) -> float:
     optimizer = mn.ModularOptimizer(base, norm, lr=lr)
     if group in member.values():
         optimizer.param_groups[-1]["lr"] = lr * factor
-    return train(model, optimizer, task.batches(seed), plan.steps, loss=logits_loss).final
+    curve = train(model, optimizer, task.batches(seed), plan.steps, loss=logits_loss, warmup=plan.warmup)
+    return curve.final
 
 
 def main() -> None:
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5])
     parser.add_argument("--groups", default="", help="a regular expression; default: all")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--warmup", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path)
@@ -74,7 +76,7 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = Plan(
         args.spec, (args.width,), (args.depth,), ("modnorm-adamw",), {}, args.steps, args.batch,
-        head_size=args.head_size,
+        head_size=args.head_size, warmup=args.warmup,
     )  # fmt: skip
     _, _, made = begin(plan.trial("modnorm-adamw", Size(args.width, args.depth), args.lrs[0], 0))
     names = [name for name in dict.fromkeys(groups_of(made.norm).values()) if re.search(args.groups, name)]  # type: ignore[attr-defined]
