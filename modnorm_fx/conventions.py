@@ -7,24 +7,28 @@ what is the scale of a sum, what is the sensitivity over several paths, and how 
   and meant for networks that are written the paper's way (residuals ``(1-1/L) x + (1/L) f(x)``).
 * ``tracked``: typical values in quadrature. The scale of a sum of independent terms is the root of the sum of
   squares, so is the sensitivity over several paths, and a weight of mass share ``m/M`` may take ``√(m/M)`` of the
-  update. Meant for existing models: L pre-norm branches of unit scale give a stream of scale ``√(s₀²+l)`` and a
-  sensitivity ``1/√(s₀²+l)`` at layer l.
+  update. Meant for existing models: pre-norm branches of scale s give a stream of scale ``√(s₀²+l·s²)`` behind l of
+  them, and a branch there a sensitivity of one over the scale at the end.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .atoms import Atom, Embedding
+from .atoms import Atom, Embedding, Linear, Reshaped
 from .errors import ModnormError
 
 if TYPE_CHECKING:
     from .tree import Allotment
 
 __all__ = ["Convention", "PAPER", "TRACKED", "convention"]
+
+#: scale of all branches of a deep residual stream together, beside a stem of scale 1. That it is one number for all
+#: depths is the 1/√depth of depth-muP (arXiv 2310.02244); 2 is measured (docs/design-decisions.md)
+BRANCHES = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,41 @@ class Convention:
         """The norm that the matrix of a layer is declared to have; its layer then keeps the scale of its input."""
         return atom.typical_norm if self.tracks_scales else 1.0
 
-    def binding(self, uses: list[Allotment]) -> list[Allotment]:
-        """The uses of one weight that its norm counts: all of them (the triangle inequality), or the lookups alone.
+    def branch(self, count: int) -> float:
+        """The part of its norm that the last weight of a residual branch is declared to have, for ``count`` branches.
 
-        An embedding tied to the head is an exception under ``tracked``. The head's operator norm is attained by
-        updates of rank one, which those of a head nearly are (its gradient points along the mean feature vector), and
-        would hold the rows back by up to d: a tied GPT-2 (d=64, 2 layers, 100 steps, best of a factor-2 grid) reached
-        a loss of 2.77 with the sum, 2.45 with the lookups alone, plain AdamW 2.55. At d=768 and lr=0.1 the lookups
-        allow steps of 1e-3 per entry, the size used in practice. Lookups that reach no output (every place of the
-        example text holds an image) do not count.
+        Under ``tracked`` all of it for up to four branches, and less for more, so that all of a stream's branches
+        together have the scale of four (`BRANCHES`). With the whole norm each, they drown what the stream began with.
+        """
+        return min(1.0, BRANCHES / math.sqrt(count)) if self.tracks_scales else 1.0
+
+    def binding(self, uses: list[Allotment]) -> list[Allotment]:
+        """The uses of one weight that its norm counts, each with the atom and the gain that it counts with.
+
+        All of them, each by its own atom, so that the triangle inequality holds. An embedding tied to the head is an
+        exception under ``tracked``: its norm is that of its lookups, the largest RMS of a row, and the head counts by
+        what an update of row RMS 1 does to a feature vector that is independent of it, ``√into`` times its scale. The
+        head's operator norm is attained by updates of rank one, which those of a head nearly are (its gradient points
+        along the mean feature vector), and would hold the rows back by up to d. What each choice costs is in
+        docs/design-decisions.md. Lookups that reach no output (every place of the example text holds an image) do not
+        count, and uses that are neither lookups nor matrices do not count beside lookups.
         """
         lookups = [u for u in uses if isinstance(u.node.atom, Embedding) and u.gain > 0]
-        return lookups if self.quadrature and lookups else uses
+        if not (self.quadrature and lookups):
+            return uses
+        return lookups + [_by_rows(u, lookups[0].node.atom) for u in uses if isinstance(_layer(u), Linear)]
+
+
+def _layer(use: Allotment) -> Atom:
+    atom = use.node.atom
+    return atom.inner if isinstance(atom, Reshaped) else atom
+
+
+def _by_rows(use: Allotment, rows: Atom) -> Allotment:
+    """A matrix's use as the norm of its rows counts it: entries of size 1 that are independent of the input add up in
+    quadrature over it."""
+    into = _layer(use).into  # type: ignore[attr-defined]
+    return replace(use, node=replace(use.node, atom=rows, gain=use.node.gain * math.sqrt(into)))
 
 
 PAPER = Convention("paper", tracks_scales=False, quadrature=False)

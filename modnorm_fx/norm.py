@@ -303,8 +303,8 @@ class ModularNorm:
 
     @torch.no_grad()
     def initialize_(self, model: nn.Module, generator: torch.Generator | None = None) -> None:
-        """Gives every weight of ``model`` the norm it is declared to have: semi-orthogonal matrices, unit gains, zero
-        biases.
+        """Gives every weight of ``model`` the norm it is declared to have: semi-orthogonal matrices, gains of one size,
+        zero biases.
 
         Scalars and unused parameters stay as they are, and so do gains and matrices that are zero: their author starts
         residual branches from nothing (last gains of a ResNet, adaLN-zero, LoRA's B), and deep nets need it (see

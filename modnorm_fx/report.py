@@ -58,6 +58,7 @@ LEGEND = {
     "…": "a…b: first to last copy",
     "–": "a–b: smallest to largest",
     "~": "~: sampled on random inputs",
+    "by rows": "by rows: per RMS of a row, as lookups are",
 }
 
 
@@ -68,12 +69,15 @@ def _footer(norm: ModularNorm, shown: str) -> list[str]:
         also[name].append(alias)
     lines = [f"tied: {name} is also {_listed(pattern(aliases))}" for name, aliases in also.items()]
     lines += [f"unused, so without a norm: {_listed(pattern(norm.unused))}"] if norm.unused else []
-    share = "√(mass / total mass)" if norm.convention.quadrature else "mass / total mass"
+    quadrature = norm.convention.quadrature
+    share = "√(mass / total mass)" if quadrature else "mass / total mass"
+    how = " in quadrature" if quadrature else ""
     return [
         *lines,
         "sensitivity: of the network's output to that of the weight's op · scale: of what the weight multiplies",
         f"target: {share} / (sensitivity · scale), the norm of the weight's update in a step of lr 1",
-        *["a weight of several uses: its mass and its sensitivity · scale (where counted) add up"] * (" use" in shown),
+        *[f"a weight of several uses: its masses add up, and its sensitivity · scale{how} where counted"]
+        * ("(use " in shown or " uses)" in shown),
         " · ".join(meaning for sign, meaning in LEGEND.items() if sign in shown),
     ]
 

@@ -141,7 +141,10 @@ class _Layout:
         self.uses: dict[str, list[T.Allotment]] = defaultdict(list)
         for part in T.allot(norm.tree, norm.convention):
             self.uses[part.node.key].append(part)
-        self.counted = {id(part) for uses in self.uses.values() for part in self.convention.binding(uses)}
+        #: leaf key -> use -> how the leaf's norm counts it
+        self.counted = {
+            key: {part.node.use: part for part in self.convention.binding(uses)} for key, uses in self.uses.items()
+        }
 
     def sequence(self, lanes: Sequence[T.Node]) -> tuple[Row, ...]:
         rows: list[Row] = []
@@ -171,14 +174,15 @@ class _Layout:
                 yield from self._flat(parts)
 
     def _atom(self, lanes: Sequence[T.AtomNode]) -> Row:
-        """A weight's columns are its leaf's; a use of a tied weight shows its own share, sensitivity and scale."""
+        """A weight's columns are its leaf's; a use of a tied weight shows its own share, sensitivity and scale, in the
+        leaf's norm."""
         columns: tuple[list[float], ...] = ([], [], [], [])
         found: dict[str, list[int]] = defaultdict(list)
         for node in lanes:
             leaf, uses = self.leaf[node.key], self.uses[node.key]
             found[node.key].append(next(i for i, part in enumerate(uses) if part.node.use == node.use))
-            part = uses[found[node.key][-1]]
-            own = (node.own_mass, part.sensitivity, node.gain, leaf.target)
+            part = self.counted[node.key].get(node.use, uses[found[node.key][-1]])
+            own = (node.own_mass, part.sensitivity, part.node.gain, leaf.target)
             numbers = own if len(uses) > 1 else (leaf.mass, leaf.sensitivity, leaf.scale, leaf.target)
             for column, value in zip(columns, numbers, strict=True):
                 column.append(value)
@@ -194,14 +198,18 @@ class _Layout:
         return Row("atom", label, note, rest, atom.describe(), atom.is_matrix, tuple(cells), tuple(map(tuple, columns)))
 
     def _note(self, key: str, those: list[int]) -> str:
-        """Which of several uses of a weight are meant, and whether its norm counts them."""
+        """Which of several uses of a weight are meant, and how its norm counts them."""
         uses = self.uses[key]
         if len(uses) == 1:
             return ""
         some = (
             f"use {_braces([i + 1 for i in those])} of {len(uses)}" if len(those) < len(uses) else f"{len(uses)} uses"
         )
-        return f"({some})" if any(id(uses[i]) in self.counted for i in those) else f"({some}, not counted)"
+        counted = [self.counted[key].get(uses[i].node.use) for i in those]
+        if not any(counted):
+            return f"({some}, not counted)"
+        by_rows = all(part and part.node.atom != uses[i].node.atom for i, part in zip(those, counted, strict=True))
+        return f"({some}, by rows)" if by_rows else f"({some})"
 
     def _power(self, lanes: Sequence[T.Node]) -> Row:
         copies = [copy for lane in lanes for copy in lane.children]

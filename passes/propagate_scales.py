@@ -5,7 +5,8 @@ operands, the change of the node per change of the operand. Under ``paper`` ever
 by declaration, biases and logit biases as 0 (they start there; 1 in a sum of parameters alone), tables at the scale
 of what they are added to or joined with; an embedding that is tied to a head is declared at 1/√d, which is its row
 norm when the head has norm 1 (and all embeddings of its width with it: a larger one would drown it), one whose rows
-are multiplied by a number right away (√d, in many) at one over that number, which is what the number is for. An op
+are multiplied by a number right away (√d, in many) at one over that number, which is what the number is for. Last
+weights of residual branches are declared at what the convention says for the number of branches of a stream. An op
 without a rule is sampled or refused, and so is one whose rule would divide by an operand of scale zero; all refusals
 are raised together.
 """
@@ -103,8 +104,10 @@ def propagate_scales(
     unknown: str,
     signs: Mapping[fx.Node, Sign] = MappingProxyType({}),
     constants: Mapping[fx.Node, float] | None = None,
+    branches: Mapping[tuple[str, int], int] = MappingProxyType({}),
 ) -> Scales:
-    """The forward sweep; ``constants`` as ``measure_constants`` gives them (measured here if left out).
+    """The forward sweep; ``constants`` as ``measure_constants`` gives them (measured here if left out), ``branches`` as
+    ``find_branches`` does.
 
     Raises UnknownOpError naming every op that has no rule and may not, or cannot, be sampled.
     """
@@ -129,7 +132,9 @@ def propagate_scales(
         key, args = arguments(node, module)
         wanted = [(op, n) for op, n in operands(args) if is_float(n) and (flow.signal(n) or flow.weight(n))]
         measured = args["region"].facts.get("initial", {}) if key == COMPUTED else {}
-        scales = _operand_scales(node, operands(args), facts, uses, tied, constants, convention, flow, measured)
+        scales = _operand_scales(
+            node, operands(args), facts, uses, tied, constants, convention, flow, measured, branches
+        )
         call = Call(
             node,
             args,
@@ -213,6 +218,7 @@ def _operand_scales(
     convention: Convention,
     flow: Flow,
     measured: Mapping[str, float],
+    branches: Mapping[tuple[str, int], int],
 ) -> dict[fx.Node, float]:
     """Scale of each operand of ``node``, masks of integers included; the declared norms of its weights are recorded,
     those of a computed matrix as they were ``measured``."""
@@ -228,6 +234,7 @@ def _operand_scales(
                 scale = norm = measured[op[0]]
             else:
                 scale = _declared(use.atom, tied.get(use.key), others)
+                scale *= convention.branch(branches.get((use.key, use.index), 1))
                 norm = scale * convention.declared(use.atom)
             facts.initial[use.key, use.index] = use.stored(norm)
             scales[n] = scale if convention.tracks_scales else 1.0

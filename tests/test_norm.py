@@ -218,13 +218,42 @@ def test_a_tied_weight_counts_by_the_triangle_inequality():
     assert float(norm.norm({"head.weight": w})) == pytest.approx(by_hand, rel=1e-4)  # by its other name
 
 
-def test_a_tied_embedding_counts_by_its_lookups_under_tracked():
+def test_a_tied_embedding_counts_by_its_rows_under_tracked():
+    """Each use by what rows of RMS 1 do to the output: looked up as they are, as a head in quadrature over features."""
     _, norm = CASES["tracked"]
     (leaf,) = (leaf for leaf in norm.leaves if leaf.weight == "word.weight")
-    lookup = next(p for p in T.allot(norm.tree, norm.convention) if p.node.key == leaf.key)
+    lookup, head = (p.gain for p in T.allot(norm.tree, norm.convention) if p.node.key == leaf.key)
     w = updates(norm)["word.weight"]
-    by_hand = lookup.gain * float(w.square().mean(1).sqrt().max()) / math.sqrt(leaf.mass / norm.mass)
-    assert float(norm.norm({"word.weight": w})) == pytest.approx(by_hand, rel=1e-4)
+    by_hand = math.sqrt(lookup**2 + head**2 * w.shape[1]) * float(w.square().mean(1).sqrt().max())
+    share = math.sqrt(leaf.mass / norm.mass)
+    assert float(norm.norm({"word.weight": w})) == pytest.approx(by_hand / share, rel=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["as rows", "as columns"])
+def test_a_step_of_a_tied_embedding_moves_the_output_as_far_as_its_target_says(stored):
+    """Random updates, and the forward pass itself for what they do."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(512, 256), nn.Linear(256, 256, bias=False)
+
+        def forward(self, ids):
+            x = self.mix(nn.functional.layer_norm(self.embed(ids), (256,)))
+            return nn.functional.linear(x, self.embed.weight) if stored == "as rows" else x @ self.embed.weight.T
+
+    torch.manual_seed(0)
+    model, ids = Net(), torch.randint(512, (4, 64))
+    norm = mn.convert(model, (ids,))
+    norm.initialize_(model)
+    update = {"embed.weight": torch.randn(512, 256)}
+    norm.normalize_(update, 0.01)
+    leaf = norm.leaves[0]
+    with torch.no_grad():
+        before = model(ids)
+        model.embed.weight += update["embed.weight"]
+        change = (model(ids) - before).square().mean().sqrt() / before.square().mean().sqrt()
+    assert float(change) == pytest.approx(0.01 * math.sqrt(leaf.mass / norm.mass), rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["norm", "normalize_", "dualize_"])
@@ -455,7 +484,7 @@ def test_explain():
 
 
 def test_an_embedding_whose_lookups_move_nothing_follows_its_head():
-    """The lookups of a tied embedding bind, unless no change of them reaches the output."""
+    """The norm of a tied embedding is that of its lookups, unless no change of them reaches the output."""
 
     class Net(nn.Module):
         def __init__(self):

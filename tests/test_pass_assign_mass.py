@@ -128,11 +128,12 @@ class Branch(torch.nn.Module):
 
 
 def test_biases_of_one_residual_stream_move_it_alike_at_every_depth():
-    """Updates that all point one way, through the real network; its output has scale √(1 + depth).
+    """Updates that all point one way, through the real network; its output has scale √(1 + n b²).
 
-    By hand: the stream has scale √(1 + k) behind branch k, which adds 1, so that by the linear layers with norm 1 what
-    is added there grows to the output by Π √(1 + 1/(1 + j)) = √((1 + n)/(1 + k)), and the bias's target is one over
-    that. In quadrature alone, n targets would move it √n times as far. Here the layers are zero and pass on nothing.
+    By hand: n branches have scale b = min(1, 2/√n), the stream has scale √(1 + k b²) behind branch k, so that by the
+    linear layers with norm b what is added there grows to the output by √((1 + n b²)/(1 + k b²)), and the bias's target
+    is one over that. In quadrature alone, n targets would move it √n times as far. Here the layers are zero and pass on
+    nothing.
     """
     for n in (2, 8, 32):
         net = torch.nn.Sequential(*(Branch() for _ in range(n)))
@@ -148,5 +149,6 @@ def test_biases_of_one_residual_stream_move_it_alike_at_every_depth():
                 net.get_parameter(name).copy_(update)
             change = (net(x) - before).pow(2).mean().sqrt().item()
         alone = VECTOR_SHARE * BIAS_SHARE / (1 + VECTOR_SHARE * BIAS_SHARE / n)
-        shrunk = math.fsum(math.sqrt((1 + k) / (1 + n)) for k in range(1, n + 1)) / n
-        assert change / math.sqrt(1 + n) == pytest.approx(math.sqrt(alone) * shrunk, rel=1e-4)
+        b = min(1, 4 / n)  # squared
+        shrunk = math.fsum(math.sqrt((1 + k * b) / (1 + n * b)) for k in range(1, n + 1)) / n
+        assert change / math.sqrt(1 + n * b) == pytest.approx(math.sqrt(alone) * shrunk, rel=1e-4)

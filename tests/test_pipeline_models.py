@@ -274,10 +274,11 @@ def test_values_at_the_start_change_nothing(a: str, b: str):
 
 
 def test_the_trunk_telescopes():
-    """Gains of equal matrices fall as 1/√(s₀² + l), not as a power of depth: theory, section 3."""
+    """Gains of equal matrices fall as one over the scale of the stream, not as a power of depth: theory, section 3."""
     found = converted("pre-norm", 48)
     gains = [leaf.sensitivity * leaf.scale for leaf in found.leaves if leaf.weight.endswith("proj.weight")]
     assert len(gains) == 48
-    expected = [(2 + 2 * i) ** -0.5 for i in range(48)]  # two unit branches a block on an embedding of scale 1
+    # two branches a block, 96 that are as large as four of scale 1, on an embedding of scale 1
+    expected = [(1 + 4 / 96 * (1 + 2 * i)) ** -0.5 for i in range(48)]
     ratios = [g / e for g, e in zip(gains, expected, strict=True)]
     assert max(ratios) / min(ratios) < 1.6

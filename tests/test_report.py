@@ -220,12 +220,14 @@ def test_tied_weights_are_marked_at_each_use(norms: dict[str, ModularNorm]) -> N
     text = report.text(norms["gpt2"])
     leaf = next(leaf for leaf in norms["gpt2"].leaves if leaf.key == "transformer.wte.weight")
     first = cells(text, "transformer.wte.weight (use 1 of 2)")
-    second = cells(text, "transformer.wte.weight (use 2 of 2, not counted)")  # tracked: the lookups alone
+    second = cells(text, "transformer.wte.weight (use 2 of 2, by rows)")  # tracked: in the norm of the lookups
     assert first[0].startswith("Embedding") and second[0].startswith("Linear")
     assert first[-1] == second[-1] == report_rows.number(leaf.target)
     assert float(first[1]) + float(second[1]) == pytest.approx(leaf.mass, rel=1e-2)
-    assert float(first[2]) * float(first[3]) == pytest.approx(leaf.sensitivity * leaf.scale, rel=1e-2)
+    gains = [float(use[2]) * float(use[3]) for use in (first, second)]
+    assert math.hypot(*gains) == pytest.approx(leaf.sensitivity * leaf.scale, rel=1e-2)
     assert "tied: transformer.wte.weight is also lm_head.weight" in text
+    assert "sensitivity · scale in quadrature where counted" in text and "by rows: per RMS of a row" in text
 
 
 def test_uses_that_count_add_up_to_the_leaf() -> None:
