@@ -82,7 +82,8 @@ class Convention:
         lookups = [u for u in uses if isinstance(u.node.atom, Embedding) and u.gain > 0]
         if not (self.quadrature and lookups):
             return uses
-        return lookups + [_by_rows(u, lookups[0].node.atom) for u in uses if isinstance(_layer(u), Linear)]
+        rows = lookups[0].node.atom
+        return lookups + [_by_rows(u, layer.into, rows) for u in uses if isinstance(layer := _layer(u), Linear)]
 
 
 def _layer(use: Allotment) -> Atom:
@@ -90,10 +91,9 @@ def _layer(use: Allotment) -> Atom:
     return atom.inner if isinstance(atom, Reshaped) else atom
 
 
-def _by_rows(use: Allotment, rows: Atom) -> Allotment:
+def _by_rows(use: Allotment, into: int, rows: Atom) -> Allotment:
     """A matrix's use as the norm of its rows counts it: entries of size 1 that are independent of the input add up in
-    quadrature over it."""
-    into = _layer(use).into  # type: ignore[attr-defined]
+    quadrature over its ``into`` features."""
     return replace(use, node=replace(use.node, atom=rows, gain=use.node.gain * math.sqrt(into)))
 
 
