@@ -16,18 +16,10 @@ from pathlib import Path
 
 import torch
 from modnorm_fx.models_zoo import transfer
-from modnorm_fx.models_zoo.train import train
-from modnorm_fx.models_zoo.training import logits_loss
-from modnorm_fx.models_zoo.transfer import Plan, Size, begin
+from modnorm_fx.models_zoo.transfer import Plan, Size, run
 from tqdm import tqdm
 
 from modnorm_fx import conventions
-
-
-def loss(plan: Plan, size: Size, lr: float, seed: int) -> float:
-    """The final training loss."""
-    task, model, optimizer = begin(plan.trial("modnorm-adamw", size, lr, seed))
-    return train(model, optimizer, task.batches(seed), plan.steps, loss=logits_loss, warmup=plan.warmup).final
 
 
 def main() -> None:
@@ -54,7 +46,12 @@ def main() -> None:
         for scale in args.scales:
             conventions.BRANCHES = scale
             transfer._NORMS.clear()  # those of another choice
-            losses = {lr: statistics.fmean(loss(plan, size, lr, s) for s in range(args.seeds)) for lr in args.lrs}
+            losses = {
+                lr: statistics.fmean(
+                    run(plan.trial("modnorm-adamw", size, lr, s)).train_loss for s in range(args.seeds)
+                )
+                for lr in args.lrs
+            }
             rows.append({"width": size.width, "depth": size.depth, "scale": str(scale), "losses": losses})
             shown = "  ".join(f"lr {lr:g}: {value:.3f}" for lr, value in losses.items())
             tqdm.write(f"width {size.width}, depth {size.depth}, branches of {scale:g} together:  {shown}")

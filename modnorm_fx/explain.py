@@ -10,12 +10,13 @@ from typing import Any
 from torch import fx
 
 from .capture import Captured, where
+from .conventions import Convention
 from .regions import Region
 
 __all__ = ["STAGES", "Conversion"]
 
 #: the stages, in order
-STAGES = ("capture", "canonical", "atoms", "scales", "sensitivities", "mass", "tree", "timing")
+STAGES = ("capture", "canonical", "atoms", "branches", "scales", "sensitivities", "mass", "tree", "timing")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,21 @@ def atoms(weights: Sequence[Any]) -> str:
         for node, operand, atom in w.uses:
             lines.append(f"{w.key:60} {atom.describe():32} {operand[0]} of {node.target}  {where(node) or ''}")
     return "\n".join(lines)
+
+
+def branches(streams: Sequence[Any], convention: Convention) -> str:
+    """Every residual stream: the weights that its branches end with, what they are declared to have, or why nothing."""
+    lines = []
+    for s in streams:
+        place = where(s.first)
+        lines.append(f"{s.count} branch{'es' * (s.count > 1)} on the stream from {s.first.name}" + f"  {place or ''}")
+        if s.unwritten:
+            lines.append(f"    left as they are, since no weight says how large {len(s.unwritten)} of them are:")
+            lines += [f"    {node.name}  {where(node) or ''}" for node in s.unwritten]
+        else:
+            lines.append(f"    last weights, at {convention.branch(s.count):.3g} of their norm:")
+            lines += [f"    {key}" for key in sorted({key for key, _ in s.writers})]
+    return "\n".join(lines) or "no residual streams"
 
 
 def scales(module: fx.GraphModule, facts: Any) -> str:

@@ -26,7 +26,7 @@ from .passes.assign_mass import SHARES, TOTALS, assign_mass
 from .passes.bind_weights import bind_weights
 from .passes.computed_weights import computed_weights, parts_of_joined
 from .passes.feature_axes import feature_axes
-from .passes.find_branches import find_branches
+from .passes.find_branches import find_branches, written
 from .passes.find_stacks import find_stacks
 from .passes.flow import classify_flow
 from .passes.fold_tree import fold_tree
@@ -151,7 +151,8 @@ def convert(
     axes = run("feature_axes", feature_axes, module, flow, rules=rules)
     weights = run("type_atoms", type_atoms, module, uses, flow, axes, captured.shapes, rules=rules, unknown=unknown)
     stages["atoms"] = lambda: explain.atoms(weights)
-    branches = run("find_branches", find_branches, module.graph, flow, weights, rules=rules)
+    streams = run("find_branches", find_branches, module.graph, flow, weights, rules=rules)
+    stages["branches"] = lambda: explain.branches(streams, chosen)
     signs = run("known_signs", known_signs, module, rules=rules)
     scales = run(
         "propagate_scales",
@@ -165,7 +166,7 @@ def convert(
         unknown=unknown,
         signs=signs,
         constants=constants,
-        branches=branches,
+        branches=written(streams),
     )
     stages["scales"] = lambda: explain.scales(module, scales)
     sensitivities = run(

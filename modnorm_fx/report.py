@@ -71,12 +71,12 @@ def _footer(norm: ModularNorm, shown: str) -> list[str]:
     lines += [f"unused, so without a norm: {_listed(pattern(norm.unused))}"] if norm.unused else []
     quadrature = norm.convention.quadrature
     share = "√(mass / total mass)" if quadrature else "mass / total mass"
-    how = " in quadrature" if quadrature else ""
+    how = " (in quadrature for uses of one kind)" if quadrature else ""
     return [
         *lines,
         "sensitivity: of the network's output to that of the weight's op · scale: of what the weight multiplies",
         f"target: {share} / (sensitivity · scale), the norm of the weight's update in a step of lr 1",
-        *[f"a weight of several uses: its masses add up, and its sensitivity · scale{how} where counted"]
+        *[f"a weight of several uses: its masses add up, and its sensitivity · scale where counted{how}"]
         * ("(use " in shown or " uses)" in shown),
         " · ".join(meaning for sign, meaning in LEGEND.items() if sign in shown),
     ]

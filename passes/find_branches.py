@@ -5,15 +5,15 @@ homogeneous) leave it the same stream, anything else (a norm layer, a projected 
 are the last weights of ``f``, behind which nothing changes its scale but numbers, gates and sums: a matrix, experts, a
 LayerScale, the gain of a norm layer.
 
-Assumes typed weights. Promises the number of branches of its stream for every use of a weight that writes a branch, for
-streams in which every branch is written by weights; others are left out, since scaling some of their branches alone
-would drown those.
+Assumes typed weights. Promises every stream, with the uses of weights that write its branches and the branches that no
+weight writes. A stream with such a branch is left as it is (``written``): smaller ones beside it would be drowned.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import getitem
 
 from torch import fx
@@ -25,7 +25,7 @@ from .canonicalize import CASTS, aten, shape
 from .flow import Flow
 from .type_atoms import Weight
 
-__all__ = ["find_branches"]
+__all__ = ["Stream", "Use", "find_branches", "written"]
 
 #: weight key, index of the use
 Use = tuple[str, int]
@@ -45,8 +45,24 @@ MOVED = frozenset(
 PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 
 
-def find_branches(graph: fx.Graph, flow: Flow, weights: Sequence[Weight], *, rules: RuleTable) -> dict[Use, int]:
-    """(weight key, index of the use) -> number of branches of the stream that it writes to."""
+@dataclass
+class Stream:
+    """A residual stream: its first value, how many branches it has, which uses of weights write them, and the branches
+    (as the nodes that are added) of which that cannot be said."""
+
+    first: fx.Node
+    count: int = 0
+    writers: set[Use] = field(default_factory=set)
+    unwritten: list[fx.Node] = field(default_factory=list)
+
+
+def written(streams: Iterable[Stream]) -> dict[Use, int]:
+    """(weight key, index of the use) -> number of branches of the stream that it writes to, where weights write all."""
+    return {use: s.count for s in streams if not s.unwritten for use in s.writers}
+
+
+def find_branches(graph: fx.Graph, flow: Flow, weights: Sequence[Weight], *, rules: RuleTable) -> list[Stream]:
+    """The streams that carry signals, in order."""
     uses: dict[fx.Node, list[Use]] = defaultdict(list)
     for w in weights:
         for i, (node, _, atom) in enumerate(w.uses):
@@ -55,26 +71,23 @@ def find_branches(graph: fx.Graph, flow: Flow, weights: Sequence[Weight], *, rul
                 uses[node].append((w.key, i))
     bit = {node: 1 << i for i, node in enumerate(graph.nodes)}
     above: dict[fx.Node, int] = {}  # a node and all it depends on
-    start: dict[fx.Node, fx.Node] = {}  # sum of a stream -> where the stream starts
-    count: Counter[fx.Node] = Counter()
-    writers: dict[fx.Node, set[Use]] = defaultdict(set)
-    whole: dict[fx.Node, bool] = defaultdict(lambda: True)
+    streams: dict[fx.Node, Stream] = {}  # by their first value and by each sum
     for node in graph.nodes:
         above[node] = bit[node]
         for before in node.all_input_nodes:
             above[node] |= above[before]
-        for stream, branch in _as_residual(node):
-            source = _source(stream, rules)
-            first = start.get(source, source)
-            if not above[branch] & bit[first] or _source(branch, rules) in (source, first):
+        for so_far, branch in _as_residual(node) if flow.signal(node) else ():
+            source = _source(so_far, rules)
+            stream = streams.get(source) or Stream(source)
+            if not above[branch] & bit[stream.first] or _source(branch, rules) in (source, stream.first):
                 continue
             found = _writers(branch, flow, uses, rules)
-            start[node] = first
-            count[first] += 1
-            writers[first].update(found)
-            whole[first] &= bool(found)
+            stream.count += 1
+            stream.writers.update(found)
+            stream.unwritten += [] if found else [branch]
+            streams[stream.first] = streams[node] = stream
             break
-    return {use: count[first] for first, found in writers.items() if whole[first] for use in found}
+    return [stream for first, stream in streams.items() if first is stream.first]
 
 
 def _as_residual(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -474,7 +474,7 @@ def test_copies_and_pickles(convention):
 
 def test_explain():
     _, norm = CASES["tracked"]
-    for stage in ("capture", "canonical", "atoms", "scales", "sensitivities", "mass", "tree", "timing"):
+    for stage in ("capture", "canonical", "atoms", "branches", "scales", "sensitivities", "mass", "tree", "timing"):
         text = norm.explain(stage)
         assert isinstance(text, str) and text.strip(), stage
     assert "qkv.weight.unflatten(0, (-1, 12))[:, 0:4]" in norm.explain("atoms")

@@ -1,10 +1,12 @@
 """Residual branches and their last weights, by hand, on the shapes that models come in."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from modnorm_fx.models_zoo import build
-from modnorm_fx.passes.find_branches import find_branches
+from modnorm_fx.passes.find_branches import find_branches, written
 from random_nets import facts
 from torch import nn
 
@@ -19,7 +21,7 @@ def branches(model: nn.Module, *inputs) -> dict[str, int]:
     found = facts(model, TRACKED, *(inputs or (X,)), unknown="sample")
     staged = found.staged
     raw = find_branches(staged.module.graph, staged.flow(), found.weights, rules=staged.rules)
-    return {key: count for (key, _), count in raw.items()}
+    return {key: count for (key, _), count in written(raw).items()}
 
 
 class Block(nn.Module):
@@ -162,17 +164,21 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str):
     """Where more than four branches share a stream, their last weights are declared smaller; here by hand."""
-    norm = convert(build(name, device="meta", **({"layers": 8} if FAMILIES[name] else {})))
+    norm = convert(build(name, device="meta", layers=8))
     n = {part: 4 * count for part, count in FAMILIES[name].items()}
     for leaf in norm.leaves:
         count = next((n[part] for part in n if leaf.weight.endswith(part)), 4)
-        if (
-            leaf.atom.is_matrix
-            and "embed" not in leaf.weight
-            and ".wte" not in leaf.weight
-            and ".wpe" not in leaf.weight
-        ):
+        if leaf.atom.is_matrix and not re.search("embed|wte|wpe", leaf.weight):
             assert leaf.initial == pytest.approx(2 / count**0.5), leaf.key
+
+
+def test_what_is_done_with_each_stream_can_be_read():
+    steps = iter([lambda b, x: x + b.branch(x), lambda b, x: x + b.branch(x).sin()])
+    text = convert(Net(2, lambda b, x: next(steps)(b, x)), (X,)).explain("branches")
+    assert "2 branches" in text and "left as they are, since no weight says how large 1 of them are:" in text
+    assert re.search(r"\n    sin\S*  .*test_pass_find_branches.py:\d+", text)
+    text = convert(Net(16), (X,)).explain("branches")
+    assert "16 branches" in text and "at 0.5 of their norm" in text and "blocks.15.down.weight" in text
 
 
 def size_of_stream(depth: int) -> float:

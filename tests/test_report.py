@@ -227,7 +227,7 @@ def test_tied_weights_are_marked_at_each_use(norms: dict[str, ModularNorm]) -> N
     gains = [float(use[2]) * float(use[3]) for use in (first, second)]
     assert math.hypot(*gains) == pytest.approx(leaf.sensitivity * leaf.scale, rel=1e-2)
     assert "tied: transformer.wte.weight is also lm_head.weight" in text
-    assert "sensitivity · scale in quadrature where counted" in text and "by rows: per RMS of a row" in text
+    assert "where counted (in quadrature for uses of one kind)" in text and "by rows: per RMS of a row" in text
 
 
 def test_uses_that_count_add_up_to_the_leaf() -> None:
