@@ -40,12 +40,16 @@ from .train import evaluate, schedule, train
 from .training import Task, given_inputs, logits_loss, model_for, task_for
 
 __all__ = [
-    "Plan", "Run", "Size", "Trial", "begin", "check", "chosen_lr", "common_head_size", "mean_losses", "read", "sweep",
+    "Plan", "Run", "Size", "Trial", "begin", "check", "chosen_lr", "common_head_size", "forget_norms", "mean_losses",
+    "read", "sweep",
 ]  # fmt: skip
 
 POINTS = 50  # of the loss curve, kept in the file
 SMALLEST_HEAD = 8  # features that a sweep gives an attention head
 MOST_EXTRA = 4  # octaves beyond the grid, at either end
+
+#: as `convert` takes them, in order of their names
+Masses = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, order=True)
@@ -76,6 +80,7 @@ class Trial:
     convention: str = "tracked"
     head_size: int | None = None
     warmup: int = 0
+    masses: Masses = ()
 
     @property
     def size(self) -> Size:
@@ -108,7 +113,9 @@ class Run:
         """Raises FormatError for a line that no sweep of this version wrote."""
         try:
             row = json.loads(line)
-            return Run(**{**row, "trial": Trial(**row["trial"]), "curve": tuple(row["curve"])})
+            masses = tuple((name, mass) for name, mass in row["trial"].get("masses", ()))
+            trial = Trial(**{**row["trial"], "masses": masses})
+            return Run(**{**row, "trial": trial, "curve": tuple(row["curve"])})
         except (ValueError, TypeError, KeyError) as error:
             raise FormatError(
                 "A line of the sweep's file is not a run.", why=f"{type(error).__name__}: {error}",
@@ -130,6 +137,7 @@ class Plan:
             another axis than more heads: logits of learned queries and keys grow with √head_size (Yang et al.,
             arXiv 2203.03466, definition 4.1). A norm of typical values does not see that.
         warmup: over how many of the steps the learning rate first rises.
+        masses: other than the defaults of `convert`, at every size.
     """
 
     spec: str
@@ -147,6 +155,7 @@ class Plan:
     convention: str = "tracked"
     head_size: int | None = None
     warmup: int = 0
+    masses: Masses = ()
 
     @property
     def smallest(self) -> Size:
@@ -163,6 +172,7 @@ class Plan:
         return Trial(
             self.spec, recipe, size.width, size.depth, lr, seed, self.steps, self.batch, self.context,
             self.weight_decay, self.data, self.smallest.width, self.convention, self.head_size, self.warmup,
+            self.masses,
         )  # fmt: skip
 
     def trials(self, recipe: str, size: Size, lrs: Iterable[float]) -> list[Trial]:
@@ -206,10 +216,15 @@ _NORMS: dict[tuple[Any, ...], ModularNorm] = {}
 
 
 def _norm(model: nn.Module, trial: Trial) -> ModularNorm:
-    key = (trial.spec, trial.size, trial.context, trial.convention, trial.data, trial.head_size)
+    key = (trial.spec, trial.size, trial.context, trial.convention, trial.data, trial.head_size, trial.masses)
     if key not in _NORMS:
-        _NORMS[key] = convert(model, *given_inputs(model), convention=trial.convention)
+        _NORMS[key] = convert(model, *given_inputs(model), convention=trial.convention, masses=dict(trial.masses))
     return _NORMS[key].bind(model)
+
+
+def forget_norms() -> None:
+    """For who changes a constant that norms depend on."""
+    _NORMS.clear()
 
 
 # What the runs say ----------------------------------------------------------------------------------------------------

@@ -158,7 +158,19 @@ def _add_sizes(command: argparse.ArgumentParser, steps: int) -> None:
     command.add_argument("--weight-decay", type=_amount, default=0.0, metavar="X", help="default: %(default)s")
     command.add_argument("--data", metavar="FILE", help="text for language models (default: Python's sources)")
     command.add_argument("--convention", choices=[TRACKED.name, PAPER.name], default=TRACKED.name, help="%(default)s")
+    _add_masses(command)
     command.add_argument("--debug", action="store_true", help="show tracebacks, warnings and log messages")
+
+
+def _add_masses(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mass",
+        action="append",
+        type=_mass,
+        default=[],
+        metavar="NAME=VALUE",
+        help="mass of stem, stacks, head, vectors, biases, a module path or a parameter; repeatable",
+    )
 
 
 def _model_options() -> argparse.ArgumentParser:
@@ -169,14 +181,7 @@ def _model_options() -> argparse.ArgumentParser:
     names = [TRACKED.name, PAPER.name]
     options.add_argument("--convention", choices=names, default=TRACKED.name, help="default: %(default)s")
     options.add_argument("--unknown", choices=("sample", "error"), default="sample", help="ops without a rule")
-    options.add_argument(
-        "--mass",
-        action="append",
-        type=_mass,
-        default=[],
-        metavar="NAME=VALUE",
-        help="mass of stem, stacks, head, vectors, biases, a module path or a parameter; repeatable",
-    )
+    _add_masses(options)
     options.add_argument("--debug", action="store_true", help="show tracebacks, warnings and log messages")
     return options
 

@@ -266,7 +266,7 @@ def sweep(args: argparse.Namespace) -> int:
     plan = transfer.Plan(
         args.spec, tuple(args.widths), tuple(args.depths), tuple(args.optimizers), lrs, args.steps, args.batch,
         args.context, args.seeds, args.weight_decay, args.data, args.full, args.convention, _head_size(args),
-        args.warmup,
+        args.warmup, _masses(args),
     )  # fmt: skip
     with tqdm(total=1, unit="", disable=not sys.stderr.isatty(), bar_format=SWEEP_BAR) as bar:
 
@@ -292,6 +292,11 @@ def _head_size(args: argparse.Namespace) -> int | None:
     return args.head_size or transfer.common_head_size(args.spec, args.widths, min(args.depths))
 
 
+def _masses(args: argparse.Namespace) -> transfer.Masses:
+    """The last one given of each name: the same masses are the same sweep, in whatever order."""
+    return tuple(sorted(dict(args.mass).items()))
+
+
 def check_coordinates(args: argparse.Namespace) -> int:
     """Measures outputs of modules and effects of leaves at several sizes, and prints tables of them."""
     from rich.console import Console
@@ -301,6 +306,7 @@ def check_coordinates(args: argparse.Namespace) -> int:
     plan = transfer.Plan(
         args.spec, tuple(args.widths), tuple(args.depths), (args.optimizer,), {}, args.steps, args.batch, args.context,
         args.seeds, args.weight_decay, args.data, False, args.convention, _head_size(args),
+        masses=_masses(args),
     )  # fmt: skip
     with Console(stderr=True).status(args.spec) as status:
         coordinates, predictions = coordcheck.measure(plan, lr, lambda size: status.update(f"{args.spec}, {size}"))

@@ -11,6 +11,7 @@ import torch
 from modnorm_fx.models_zoo import build, transfer, transfer_report
 from modnorm_fx.models_zoo.recipes import RECIPES, Setting
 from modnorm_fx.models_zoo.train import schedule
+from modnorm_fx.models_zoo.training import logits_loss
 from modnorm_fx.models_zoo.transfer import Plan, Run, Size, Trial, check, run
 from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
 
@@ -140,6 +141,21 @@ def test_a_warm_up_changes_the_run_and_one_that_leaves_no_step_is_refused() -> N
         check(plan)
     losses = [run(replace(plan, warmup=n).trial("adamw", plan.smallest, 0.1, 0)).train_loss for n in (0, 5)]
     assert losses[0] != losses[1]
+
+
+def test_masses_are_those_of_the_steps_and_are_kept_with_the_runs() -> None:
+    plan = Plan("zoo:resmlp", (16,), (2,), ("modnorm-sgd",), steps=1, batch=2, masses=(("head", 0.0), ("stacks", 5.0)))
+    trial = plan.trial("modnorm-sgd", plan.smallest, 0.5, 0)
+    task, model, optimizer = transfer.begin(trial)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    logits_loss(model, *next(task.batches(0))).backward()
+    optimizer.step()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"initial", "blocks"}  # a part without mass stays where it is
+    assert Run.from_line(ran(trial, -1.0).line()).trial == trial
+    assert Run.from_line(ran(trial, -1.0).line().replace(', "masses": [["head", 0.0], ["stacks", 5.0]]', "")).trial == (
+        replace(trial, masses=())
+    )
 
 
 def test_unknown_optimizers_are_refused(tmp_path: Path) -> None:
