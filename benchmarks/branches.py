@@ -45,7 +45,7 @@ def main() -> None:
         )  # fmt: skip
         for scale in args.scales:
             conventions.BRANCHES = scale
-            transfer._NORMS.clear()  # those of another choice
+            transfer.forget_norms()  # those of another choice
             losses = {
                 lr: statistics.fmean(
                     run(plan.trial("modnorm-adamw", size, lr, s)).train_loss for s in range(args.seeds)

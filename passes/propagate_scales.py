@@ -13,7 +13,7 @@ are raised together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -78,12 +78,30 @@ class Scales:
 
 @dataclass(frozen=True)
 class _Use:
-    """One use of a weight."""
+    """One use of a weight.
+
+    Attributes:
+        key, index: of the weight and the use. atom, affine: its atom, and what is done to it before.
+        width: scale that is declared for an embedding, if not 1.
+        branch: part of its norm that the convention leaves the last weight of a residual branch.
+    """
 
     key: str
     index: int
     atom: Atom
     affine: Affine
+    width: float | None
+    branch: float
+
+    def scale(self, others: list[float]) -> float:
+        """The scale that the weight is declared to have where it meets ``others``."""
+        if isinstance(self.atom, Bias | LogitBias):
+            return 0.0 if others else 1.0  # a sum of parameters is a source of its own, not a shift
+        if isinstance(self.atom, Table):
+            return max(others, default=1.0)
+        if isinstance(self.atom, Embedding) and self.width:
+            return self.width
+        return 1.0
 
     def stored(self, declared: float) -> float:
         """Norm of what is stored where the map gives something of the declared norm: ``1 + w`` starts at 0."""
@@ -91,6 +109,39 @@ class _Use:
         if isinstance(self.atom, Gain) and shift:
             return max((declared - shift) / factor, 0.0)
         return declared / abs(factor)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What is known of operands while the sweep goes on; ``facts`` grow with it."""
+
+    facts: Scales
+    flow: Flow
+    uses: Mapping[tuple[fx.Node, Operand], _Use]
+    constants: Mapping[fx.Node, float]
+    convention: Convention
+
+    def scales(
+        self, node: fx.Node, found: Sequence[tuple[Operand, fx.Node]], measured: Mapping[str, float]
+    ) -> dict[fx.Node, float]:
+        """Scale of each operand of ``node``, masks of integers included; the declared norms of its weights are
+        recorded, those of a computed matrix as they were ``measured``."""
+        tracks = self.convention.tracks_scales
+        scales: dict[fx.Node, float] = {n: self.facts.scale[n] for _, n in found if n in self.facts.scale}
+        others = [scales[n] for _, n in found if n in scales]
+        for op, n in found:
+            if self.flow.exogenous(n):
+                scales[n] = self.constants.get(n, _unmeasured(node)) if tracks else 1.0
+            elif self.flow.weight(n):
+                use = self.uses[node, op]
+                if op[0] in measured:
+                    scale = norm = measured[op[0]]
+                else:
+                    scale = use.scale(others) * use.branch
+                    norm = scale * self.convention.declared(use.atom)
+                self.facts.initial[use.key, use.index] = use.stored(norm)
+                scales[n] = scale if tracks else 1.0
+        return scales
 
 
 def propagate_scales(
@@ -112,15 +163,19 @@ def propagate_scales(
     Raises UnknownOpError naming every op that has no rule and may not, or cannot, be sampled.
     """
     facts = Scales()
+    tied = (_multiplied(weights) if convention.tracks_scales else {}) | _tied_widths(weights)
     uses = {
-        (node, operand): _Use(w.key, i, atom, *(w.affine[i : i + 1] or (IDENTITY,)))
+        (node, operand): _Use(
+            w.key, i, atom, w.affine[i] if w.affine else IDENTITY, tied.get(w.key),
+            convention.branch(branches.get((w.key, i), 1)),
+        )
         for w in weights
         for i, (node, operand, atom) in enumerate(w.uses)
-    }
+    }  # fmt: skip
     sampled_weights = {node for w in weights if w.sampled for node, _, _ in w.uses}
-    tied = (_multiplied(weights) if convention.tracks_scales else {}) | _tied_widths(weights)
-    if constants is None:
-        constants = measure_constants(module, flow)
+    known = _Operands(
+        facts, flow, uses, measure_constants(module, flow) if constants is None else constants, convention
+    )
     averages: set[fx.Node] = set()
     failures: list[str] = []
     for node in module.graph.nodes:
@@ -132,13 +187,10 @@ def propagate_scales(
         key, args = arguments(node, module)
         wanted = [(op, n) for op, n in operands(args) if is_float(n) and (flow.signal(n) or flow.weight(n))]
         measured = args["region"].facts.get("initial", {}) if key == COMPUTED else {}
-        scales = _operand_scales(
-            node, operands(args), facts, uses, tied, constants, convention, flow, measured, branches
-        )
         call = Call(
             node,
             args,
-            scales,
+            known.scales(node, list(operands(args)), measured),
             axes,
             convention,
             frozenset(op for op, n in wanted if flow.weight(n) or _is_computed(n, module)),
@@ -208,39 +260,6 @@ def _local(
         return Local(1.0, {}), "sampled", f"sampling failed: {error}"
 
 
-def _operand_scales(
-    node: fx.Node,
-    found: Iterable[tuple[Operand, fx.Node]],
-    facts: Scales,
-    uses: Mapping[tuple[fx.Node, Operand], _Use],
-    tied: Mapping[str, float],
-    constants: Mapping[fx.Node, float],
-    convention: Convention,
-    flow: Flow,
-    measured: Mapping[str, float],
-    branches: Mapping[tuple[str, int], int],
-) -> dict[fx.Node, float]:
-    """Scale of each operand of ``node``, masks of integers included; the declared norms of its weights are recorded,
-    those of a computed matrix as they were ``measured``."""
-    found = list(found)
-    scales: dict[fx.Node, float] = {n: facts.scale[n] for _, n in found if n in facts.scale}
-    others = [scales[n] for _, n in found if n in scales]
-    for op, n in found:
-        if flow.exogenous(n):
-            scales[n] = constants.get(n, _unmeasured(node)) if convention.tracks_scales else 1.0
-        elif flow.weight(n):
-            use = uses[node, op]
-            if op[0] in measured:
-                scale = norm = measured[op[0]]
-            else:
-                scale = _declared(use.atom, tied.get(use.key), others)
-                scale *= convention.branch(branches.get((use.key, use.index), 1))
-                norm = scale * convention.declared(use.atom)
-            facts.initial[use.key, use.index] = use.stored(norm)
-            scales[n] = scale if convention.tracks_scales else 1.0
-    return scales
-
-
 def _computed_matrices(rule: Rule, call: Call, wanted: Sequence[Operand]) -> list[Operand]:
     """Matrices of a layer that are signals: the rule speaks of a parameter of norm 1, and a signal has a scale."""
     return [op for op in wanted if rule.weights.get(op[0]) in MATRICES and op not in call.weights]
@@ -269,17 +288,6 @@ def _apply(rule: Rule, call: Call) -> Local | None:
         return rule.function(call)
     except ZeroDivisionError:
         return None
-
-
-def _declared(atom: Atom, width: float | None, others: list[float]) -> float:
-    """The scale that a weight is declared to have where it meets ``others``."""
-    if isinstance(atom, Bias | LogitBias):
-        return 0.0 if others else 1.0  # a sum of parameters is a source of its own, not a shift
-    if isinstance(atom, Table):
-        return max(others, default=1.0)
-    if isinstance(atom, Embedding) and width:
-        return width
-    return 1.0
 
 
 def _unmeasured(node: fx.Node) -> float:
