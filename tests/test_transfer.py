@@ -158,6 +158,28 @@ def test_masses_are_those_of_the_steps_and_are_kept_with_the_runs() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("paper_digits.py:rescnn", (1, 8, 8)),
+        ("timm_digits.py:resnet", (1, 32, 32)),
+        ("timm_digits.py:vit", (1, 8, 8)),
+    ],
+)
+def test_models_for_digits_grow_and_take_grey_images(name: str, shape: tuple[int, ...]) -> None:
+    spec = str(Path(transfer.__file__).parent / name)
+    plan = Plan(spec, (16, 32), (1, 2), ("adamw",), batch=4)
+    check(plan)
+    parameters = {}
+    for size in plan.sizes():
+        task, model, _ = transfer.begin(plan.trial("adamw", size, 0.1, 0))
+        images, labels = next(task.batches(0))
+        assert images.shape == (4, *shape)
+        assert torch.isfinite(logits_loss(model, images, labels))
+        parameters[size] = sum(p.numel() for p in model.parameters())
+    assert parameters[Size(16, 1)] < parameters[Size(16, 2)] < parameters[Size(32, 1)]
+
+
 def test_unknown_optimizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModnormError, match="There is no optimizer 'adam'"):
         transfer.sweep(Plan("hf:gpt2", (32,), (1,), ("adam",)), tmp_path / "x", jobs=1, watch=lambda *_: None)
