@@ -288,6 +288,12 @@ def check(plan: Plan) -> None:
     for recipe in plan.recipes:
         if recipe not in RECIPES:
             raise ModnormError(f"There is no optimizer {recipe!r}.", do=f"Use {', '.join(RECIPES)}.")
+    if plan.masses and not any(recipe.startswith("modnorm-") for recipe in plan.recipes):
+        raise ModnormError(
+            f"Masses change nothing for {', '.join(plan.recipes)}.",
+            why="they divide a step among the parts of a model in the modular norm alone",
+            do="Leave --mass out, or name an optimizer in the modular norm, such as modnorm-adamw.",
+        )
     schedule(0, plan.steps, plan.warmup)  # refuses a warm-up that leaves no step
     odd = [width for width in plan.widths if plan.head_size and width % plan.head_size]
     if odd:

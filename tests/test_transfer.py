@@ -156,6 +156,9 @@ def test_masses_are_those_of_the_steps_and_are_kept_with_the_runs() -> None:
     assert Run.from_line(ran(trial, -1.0).line().replace(', "masses": [["head", 0.0], ["stacks", 5.0]]', "")).trial == (
         replace(trial, masses=())
     )
+    check(replace(plan, recipes=("adamw", "modnorm-sgd")))
+    with pytest.raises(ModnormError, match="Masses change nothing for adamw, mup"):
+        check(replace(plan, recipes=("adamw", "mup")))
 
 
 @pytest.mark.parametrize(
