@@ -98,8 +98,8 @@ class Part(NamedTuple):
         of its set of power vectors. atom: of all of them. offset: entries before it.
         shape: groups, taps, rows, c and ld, as in cpu.cpp. apart: entries from one group to the next.
         dense: whether it is contiguous, or columns at multiples of 16, and groups follow each other.
-        targets, over_unit: norms of the updates of a step of lr 1, and the singular values that they come to.
-        decays: whether weight decay acts on it.
+        over_unit: the singular values that the norms of the updates of a step of lr 1 come to.
+        shrinkage: what weight decay multiplies, see `runtime.Line`.
     """
 
     names: tuple[str, ...]
@@ -111,9 +111,8 @@ class Part(NamedTuple):
     shape: tuple[int, int, int, int, int]
     apart: int
     dense: bool
-    targets: tuple[float, ...]
     over_unit: tuple[float, ...]
-    decays: bool
+    shrinkage: tuple[float, ...]
 
 
 class OfMatrices:
@@ -131,7 +130,7 @@ class OfMatrices:
         self.parts: dict[int, list[Part]] = {}
         first = 0
         for index, bucket in enumerate(buckets(norm, placements)):
-            parts = [_part(bucket, line, whole.owners, first + i) for i, line in enumerate(bucket.lines)]
+            parts = [_part(bucket, line, whole, first + i) for i, line in enumerate(bucket.lines)]
             first += len(parts)
             found = [part for part in parts if part is not None and self._fits(part)]
             complete = sum(math.prod(part.shape[:4]) for part in found) == math.prod(bucket.shape)
@@ -270,7 +269,7 @@ class FusedStep(OfMatrices):
                 places if not part.offset else [[address + 4 * part.offset for address in column] for column in places],
                 settings,
                 [lrs[i] * x.over_unit[at] for at, i in enumerate(given) for x in parts],
-                [1.0 - shrinks[i] * x.targets[at] * x.decays for at, i in enumerate(given) for x in parts],
+                [1.0 - shrinks[i] * x.shrinkage[at] for at, i in enumerate(given) for x in parts],
                 [self.whole.vectors[x.spectral] for x in parts],  # type: ignore[misc]
                 spectral_norm.dither(part.shape[3]),
                 spectral_norm.DITHER,
@@ -291,15 +290,15 @@ def _tile(parts: Sequence[Part]) -> bool:
     return side_by_side and groups == taps == 1 and ld == len(parts) * c
 
 
-def _part(bucket: Bucket, line: Line, owners: Sequence[int], number: int) -> Part | None:
-    """What a kernel needs to know of a line of a bucket, the `number`-th of all, or None if its rows are not whole in
-    memory, or it is not made of matrices with power vectors (`owners`: the line of each set of them)."""
+def _part(bucket: Bucket, line: Line, whole: Normalizer, number: int) -> Part | None:
+    """What a kernel needs to know of a line of a bucket, the `number`-th of all of `whole`, or None if its rows are not
+    whole in memory, or it is not made of matrices with power vectors."""
     atom, view = line.atom, torch.empty(bucket.shape, device="meta")
     for part in line.slices:
         if view.shape[part.axis] != part.period:
             return None
         view = part.read(view)
-    if number not in owners or not isinstance(atom, KINDS):
+    if number not in whole.owners or not isinstance(atom, KINDS):
         return None
     row = 2 if isinstance(atom, Experts) else 1  # the first axis within a row
     if not view[(0,) * row].is_contiguous():
@@ -312,13 +311,12 @@ def _part(bucket: Bucket, line: Line, owners: Sequence[int], number: int) -> Par
         names=bucket.names,
         keys=tuple(leaf.key for leaf in line.leaves),
         line=number,
-        spectral=owners.index(number),
+        spectral=whole.owners.index(number),
         atom=atom,
         offset=int(view.storage_offset()),
         shape=(pieces // taps, taps, rows, columns, ld),
         apart=view.stride(0) if row == 2 else rows * ld,
         dense=view.is_contiguous() or in_columns,
-        targets=tuple(leaf.target for leaf in line.leaves),
         over_unit=tuple(leaf.target / atom.unit for leaf in line.leaves),
-        decays=atom.decays,
+        shrinkage=whole.lines[number].shrinkage,
     )

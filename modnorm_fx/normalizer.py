@@ -27,8 +27,8 @@ turn too fast to follow: in a small GPT under Adam a single warm iteration was u
 
 
 class Rates(NamedTuple):
-    """How the parameters of one bucket step: `places` in the stack, their learning rates `[n, 1, …]`, and weight decay
-    times target, broadcastable against the stack (None without decay)."""
+    """How the parameters of one bucket step: `places` in the stack, their learning rates `[n, 1, …]`, and what weight
+    decay takes away at lr 1, broadcastable against the stack (None without decay)."""
 
     places: tuple[int, ...]
     lrs: Tensor
@@ -126,17 +126,18 @@ class Normalizer:
         return torch.tensor(list(numbers), dtype=dtype, device=like.device)
 
     def _decay(self, bucket: int) -> Tensor | None:
-        """What weight decay is proportional to: the targets of leaves that decay, broadcastable against the bucket."""
-        lines = [(line, t) for line, t in zip(self._code.LINES, self.targets, strict=True) if line.bucket == bucket]
-        if not any(line.decays for line, _ in lines):
+        """What lr and weight decay multiply: the shrinkage of leaves that decay, broadcastable against the bucket."""
+        lines = [line for line in self.lines if line.bucket == bucket]
+        if not any(line.decays for line in lines):
             return None
         buffer = self.buffers[bucket]
-        sliced = {axis + 1 for line, _ in lines for axis, *_ in line.places}
+        sliced = {axis + 1 for line in lines for axis, *_ in line.places}
         sizes = [size if axis == 0 or axis in sliced else 1 for axis, size in enumerate(buffer.shape)]
-        found = lines[0][1].new_zeros(sizes)
-        for line, targets in lines:
+        found = self._column([], buffer).new_zeros(sizes)
+        for line in lines:
             if line.decays:
-                runtime.put_(found, line.places, targets.view(-1, *[1] * (buffer.dim() - 1)))
+                shrinkage = self._column(line.shrinkage, buffer)
+                runtime.put_(found, line.places, shrinkage.view(-1, *[1] * (buffer.dim() - 1)))
         return found
 
     # Measuring ------------------------------------------------------------------------------------------------------

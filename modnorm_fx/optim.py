@@ -55,7 +55,9 @@ class ModularOptimizer(Optimizer):
         norm: what `convert` returned for the same model.
         lr: modular norm of a step; per group in `param_groups[i]["lr"]`, where learning rate schedulers find it.
         weight_decay: decoupled decay in proportion to the targets (the paper's `regularize`): a matrix leaf is
-            multiplied by `1 - lr·weight_decay·target`. Vectors (gains, biases) do not decay.
+            multiplied by `1 - lr·weight_decay·target/declared`, where `declared` is the norm that `initialize_` gives
+            it, mostly 1. So updates that all agree end at `declared / weight_decay`. Vectors (gains, biases) do not
+            decay.
         mode: "normalize" scales the base's update (the paper); "dualize" replaces it by its dual, the steepest step.
         backend: of the generated normaliser: "auto", "eager", "compile" or "triton" (see `Normalizer`), or "cudagraph"
             or "cudagraph-triton" (on a GPU, the whole step is captured once its power vectors are warm: see `graph`).

@@ -12,6 +12,7 @@ Paper: section 3 and the appendix (normalisation of whole updates).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -103,12 +104,19 @@ class Line(NamedTuple):
         places: the part of an update, as nested slices (axis, start, stop, period); () for all of it.
         decays: whether weight decay acts on it.
         targets: leaf key -> norm of its update in a step of lr 1, in the order of the stack.
+        declared: leaf key -> norm that its weights are declared to have, of leaves that decay and where it is not 1.
     """
 
     bucket: int
     places: tuple[tuple[int, int, int, int], ...]
     decays: bool
     targets: dict[str, float]
+    declared: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def shrinkage(self) -> tuple[float, ...]:
+        """The part of each leaf that a step of lr 1 with weight decay 1 takes away: its update's norm over its own."""
+        return tuple(self.decays * t / self.declared.get(key, 1.0) for key, t in self.targets.items())
 
 
 def run(

@@ -24,6 +24,7 @@ class Leaf:
     mass: float = 1.0
     sensitivity: float = 1.0
     scale: float = 1.0
+    initial: float = 1.0
 
     def read(self, tensor):
         for part in self.slices:
@@ -76,10 +77,16 @@ def norm_of(model, **options):
     shape = (words, width)
     third = [A.Slice(0, i * width, (i + 1) * width, 3 * width) for i in range(3)]
     leaves = [
-        Leaf("embed.weight", "embed.weight", A.Tied(shape, (A.Embedding(shape), A.Linear(shape)), (0.5, 1.0)), 0.3),
+        Leaf(
+            "embed.weight",
+            "embed.weight",
+            A.Tied(shape, (A.Embedding(shape), A.Linear(shape)), (0.5, 1.0)),
+            0.3,
+            initial=0.25,
+        ),
         *(
-            Leaf(f"qkv.weight{s}", "qkv.weight", A.Linear((width, width)), t, (s,))
-            for s, t in zip(third, (0.1, 0.2, 0.4), strict=True)
+            Leaf(f"qkv.weight{s}", "qkv.weight", A.Linear((width, width)), t, (s,), initial=initial)
+            for s, t, initial in zip(third, (0.1, 0.2, 0.4), (1.0, 2.0, 0.0), strict=True)
         ),
         *(Leaf(f"qkv.bias{s}", "qkv.bias", A.Bias((width,)), 0.05, (s,)) for s in third),
         Leaf("gain", "gain", A.Gain((width,)), 0.02),

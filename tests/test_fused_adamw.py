@@ -35,12 +35,15 @@ class Net(nn.Module):
 
 
 def leaves_of(net: Net) -> list[Leaf]:
-    found = [Leaf(n, n, A.Linear(getattr(net, n).shape), t) for n, t in (("a", 0.3), ("b", 0.7), ("odd", 0.2))]
+    found = [
+        Leaf(n, n, A.Linear(getattr(net, n).shape), t, initial=initial)
+        for n, t, initial in (("a", 0.3, 1.0), ("b", 0.7, 0.25), ("odd", 0.2, 2.0))
+    ]
     for name, axis, size, part in (("rows", 0, 60, (20, 20)), ("columns", 1, 96, (20, 32))):
         width = part[axis]
         for i in range(3):
             place = (A.Slice(axis, i * width, (i + 1) * width, size),)
-            found.append(Leaf(f"{name}{i}", name, A.Linear(part), 0.1 + 0.1 * i, place))
+            found.append(Leaf(f"{name}{i}", name, A.Linear(part), 0.1 + 0.1 * i, place, initial=0.5 + i))
     return found + [
         Leaf("conv", "conv", A.Conv((24, 20, 3, 3)), 0.4),
         Leaf("grouped", "grouped", A.Conv((36, 10, 2), groups=3), 0.4),
@@ -106,7 +109,7 @@ def test_steps_are_adamw_scaled_by_exact_norms(calls: list[int]) -> None:
         assert bool(calls) == (step >= COLD_STEPS)
         for leaf in opt.norm.leaves:
             after = net.get_parameter(leaf.weight).detach()
-            kept = 1.0 - LR * DECAY * leaf.target * leaf.atom.decays
+            kept = 1.0 - LR * DECAY * leaf.target / leaf.initial * leaf.atom.decays
             moved = leaf.read(after).double() - kept * leaf.read(before[leaf.weight]).double()
             update = leaf.read((twin.get_parameter(leaf.weight) - twins[leaf.weight]).detach()).double()
             if leaf.atom.decays:

@@ -61,12 +61,12 @@ class Net(nn.Module):
 def packed(name: str, axis: int, whole: int, count: int, atom: A.Atom) -> list[Leaf]:
     width = whole // count
     places = [(A.Slice(axis, i * width, (i + 1) * width, whole),) for i in range(count)]
-    return [Leaf(f"{name}{i}", name, atom, 0.1 + 0.1 * i, place) for i, place in enumerate(places)]
+    return [Leaf(f"{name}{i}", name, atom, 0.1 + 0.1 * i, place, initial=0.5 + i) for i, place in enumerate(places)]
 
 
 LEAVES = [
     Leaf("a", "a", A.Linear((40, 24)), 0.3),
-    Leaf("b", "b", A.Linear((40, 24)), 0.7),
+    Leaf("b", "b", A.Linear((40, 24)), 0.7, initial=0.25),
     *packed("rows", 0, 60, 3, A.Linear((20, 20))),
     *packed("columns", 1, 51, 3, A.Linear((20, 17), transposed=True)),
     Leaf("pointwise", "pointwise", A.Conv((24, 20, 1, 1)), 0.4),
@@ -230,7 +230,7 @@ def check_steps_are_adamw_scaled_by_exact_norms(device, calls):
         plain.step()
         for leaf in opt.norm.leaves:
             group = next(g for g in opt.param_groups if any(names[leaf.weight] is p for p in g["params"]))
-            kept = 1.0 - group["lr"] * group["weight_decay"] * leaf.target * leaf.atom.decays
+            kept = 1.0 - group["lr"] * group["weight_decay"] * leaf.target / leaf.initial * leaf.atom.decays
             after = names[leaf.weight].detach()
             moved = leaf.read(after).double() - kept * leaf.read(before[leaf.weight]).double()
             update = leaf.read((twin.get_parameter(leaf.weight) - twins[leaf.weight]).detach()).double()

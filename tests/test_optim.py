@@ -53,7 +53,7 @@ def test_zero_gradient_moves_nothing_and_starts_no_vectors():
     assert not remembered(opt)
 
 
-def test_decay_is_proportional_to_the_targets_of_matrices():
+def test_decay_is_in_proportion_to_what_a_step_is_of_the_declared_norm():
     model, opt = setup(lr=0.5, weight_decay=0.1)
     twin, plain = setup(lr=0.5)
     before = values(model)
@@ -61,9 +61,25 @@ def test_decay_is_proportional_to_the_targets_of_matrices():
         backward(net)
         optimizer.step()
     for leaf in opt.norm.leaves:
-        factor = 1 - 0.5 * 0.1 * leaf.target if leaf.atom.decays else 1.0
+        declared = leaf.initial or 1.0  # what starts at zero decays as if it were declared at 1
+        factor = 1 - 0.5 * 0.1 * leaf.target / declared if leaf.atom.decays else 1.0
         a, b = (leaf.read(named(net)[leaf.weight]) for net in (model, twin))
         torch.testing.assert_close(a, b - (1 - factor) * leaf.read(before[leaf.weight]), msg=leaf.key)
+
+
+@pytest.mark.parametrize("declared", [0.25, 1.0, 3.0])
+def test_steps_that_agree_end_at_the_declared_norm_over_the_weight_decay(declared):
+    model = nn.Linear(6, 4, bias=False)
+    leaf = Leaf("weight", "weight", A.Linear((4, 6)), 0.5, initial=declared)
+    opt = ModularOptimizer(
+        torch.optim.SGD(model.parameters()), Norm(model, [leaf]), lr=0.5 * declared, weight_decay=0.5
+    )
+    direction = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    for _ in range(200):
+        model.weight.grad = direction.clone()
+        opt.step()
+    spectral = torch.linalg.matrix_norm(model.weight.detach(), 2).item()
+    assert spectral * (6 / 4) ** 0.5 == pytest.approx(declared / 0.5, rel=1e-3)
 
 
 def test_entries_that_no_leaf_describes_stay_where_they_are():

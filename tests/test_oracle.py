@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from modula.abstract import Module
-from modula.atom import Linear
+from modula.atom import Embedding, Linear
 from modula.bond import GELU, Abs, Identity, MeanSubtract, ReLU, RMSDivide, ScaledGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -102,6 +102,23 @@ def test_nets_of_the_same_algebra(net, reference) -> None:
     norm = mn.convert(model, (torch.randn(5, WIDTH),), convention="paper")
     wanted = dict(zip((name for name, _ in model.named_parameters()), oracle.targets(reference()), strict=True))
     assert norm.targets == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", oracle.NETS)
+def test_weight_decay_is_modulas_regularize(name: str) -> None:
+    """Of matrices: the rows of embeddings, which modula sets to length 1, decay as well."""
+    twins = oracle.twins(name, blocks_mass=None if name == "resmlp" else 1.0)
+    norm = mn.convert(twins.plain, (twins.inputs,), convention="paper")
+    base = torch.optim.SGD(twins.plain.parameters())
+    opt = mn.ModularOptimizer(base, norm, lr=0.5, weight_decay=0.5)
+    twins.net.regularize(twins.weights, strength=0.5 * 0.5)
+    for p in twins.plain.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    wanted = oracle.folded(twins.net, twins.weights)
+    for atom, p, weight in zip(oracle.atoms(twins.net), twins.plain.parameters(), wanted, strict=True):
+        if not isinstance(atom, Embedding):
+            torch.testing.assert_close(p.detach(), weight)
 
 
 def test_tare_is_modulas_tare() -> None:
