@@ -129,7 +129,9 @@ def _tables(norm: ModularNorm, found: tuple[Bucket, ...], lines: list[tuple[int,
         table += [f"    rt.Line(  # {row}: {line.atom.describe()}"]
         table += [f"        {index}, {_places(line)!r}, {line.atom.decays}, {{"]
         table += [f"            {leaf.key!r}: {leaf.target!r},  # {_factors(norm, leaf)}" for leaf in line.leaves]
-        table += [f"        }}{_declared(line)},", "    ),"]
+        if declared := _declared(line):
+            table += ["        }, {  # declared", *(f"            {key!r}: {x!r}," for key, x in declared.items())]
+        table += ["        },", "    ),"]
     return ["\n".join(names), "\n".join([*table, ")", ""])]
 
 
@@ -142,10 +144,9 @@ def _places(line: Line) -> tuple[tuple[int, int, int, int], ...]:
     return tuple((s.axis, s.start, s.stop, s.period) for s in line.slices)
 
 
-def _declared(line: Line) -> str:
+def _declared(line: Line) -> dict[str, float]:
     """The norms that weight decay needs: of its leaves, where they are not 1. One that begins at 0 counts as 1."""
-    known = {leaf.key: leaf.initial for leaf in line.leaves if line.atom.decays and leaf.initial not in (0.0, 1.0)}
-    return f", {known!r}" if known else ""
+    return {leaf.key: leaf.initial for leaf in line.leaves if line.atom.decays and leaf.initial not in (0.0, 1.0)}
 
 
 def _factors(norm: ModularNorm, leaf: Leaf) -> str:

@@ -291,11 +291,14 @@ def test_the_text_is_plain_python_that_imports_torch_and_the_runtime_only() -> N
     assert not any(isinstance(node, ast.For | ast.While | ast.If) for node in ast.walk(body))  # straight-line
 
 
-def test_every_target_stands_beside_its_factors() -> None:
+def test_every_target_stands_beside_its_factors_and_declared_norms_have_lines_of_their_own() -> None:
     text = codegen.source(NORM)
+    assert any(leaf.atom.decays and leaf.initial not in (0.0, 1.0) for leaf in NORM.leaves)
     for leaf in NORM.leaves:
-        (line,) = (line for line in text.splitlines() if line.strip().startswith(f"{leaf.key!r}: "))
+        line, *declared = (line.strip() for line in text.splitlines() if line.strip().startswith(f"{leaf.key!r}: "))
         assert f"{leaf.target!r}, " in line and "√" in line and "#" in line
+        other = leaf.atom.decays and leaf.initial not in (0.0, 1.0)
+        assert declared == ([f"{leaf.key!r}: {leaf.initial!r},"] if other else [])
 
 
 def test_tracebacks_show_the_generated_line() -> None:
