@@ -253,7 +253,8 @@ def _wanted(plan: Plan, recipe: str, runs: dict[Trial, Run]) -> list[Trial]:
         grid = plan.grid(recipe)
         missing = [t for t in plan.trials(recipe, size, grid) if t not in runs]
         if not missing:
-            missing = [t for t in plan.trials(recipe, size, _extended(losses, grid)) if t not in runs]
+            lrs = [chosen_lr(losses), *_extended(losses, grid)]  # the best may have fewer seeds, from an earlier plan
+            missing = [t for t in plan.trials(recipe, size, lrs) if t not in runs]
         if size == plan.smallest and not missing:
             chosen = chosen_lr(losses)
         elif chosen is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,9 @@ def ran(trial: Trial, best: float, floor: float = 2.0) -> Run:
     return Run(trial, loss, loss + 0.1, (3.0, loss), 1000 * trial.width * trial.depth, 1.0, "2.0")
 
 
-def everything(plan: Plan, best: dict[Size, float]) -> list[Run]:
+def everything(plan: Plan, best: dict[Size, float], before: Iterable[Run] = ()) -> list[Run]:
     """All that the plan asks for, run to the end."""
-    runs: dict[Trial, Run] = {}
+    runs: dict[Trial, Run] = {one.trial: one for one in before}
     for recipe in plan.recipes:
         while missing := transfer._wanted(plan, recipe, runs):
             runs |= {trial: ran(trial, best[trial.size]) for trial in missing}
@@ -48,6 +49,14 @@ def test_the_grid_grows_while_the_best_lies_at_its_end_and_the_small_models_rate
     assert tried[Size(64, 2)] == {0.25, 0.5, 1.0, 2.0, 4.0, 8.0}  # one past the best
     assert tried[Size(64, 4)] == {0.25, 0.5, 1.0, 4.0}
     assert {run.trial.seed for run in runs} == {0, 1}
+
+
+def test_with_more_seeds_the_best_rate_has_all_of_them_also_where_the_grid_had_grown() -> None:
+    best = {Size(64, 2): 2.0, Size(64, 4): -4.0, Size(128, 2): 1.0}
+    runs = everything(PLAN, best, everything(replace(PLAN, seeds=1), best))
+    for size, lr in best.items():
+        assert transfer.chosen_lr(transfer.mean_losses(runs, "adamw", size)) == 2.0**lr
+        assert {run.trial.seed for run in runs if run.trial.size == size and run.trial.lr == 2.0**lr} == {0, 1}
 
 
 def test_regret_and_drift_of_parabolas() -> None:
