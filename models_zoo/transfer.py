@@ -178,6 +178,11 @@ class Plan:
     def trials(self, recipe: str, size: Size, lrs: Iterable[float]) -> list[Trial]:
         return [self.trial(recipe, size, lr, seed) for lr in sorted(lrs) for seed in range(self.seeds)]
 
+    def covers(self, trial: Trial) -> bool:
+        """Whether a trial is one of this plan, at whichever learning rate."""
+        own = self.trial(trial.recipe, trial.size, trial.lr, trial.seed)
+        return trial == own and trial.size in self.sizes() and trial.seed < self.seeds
+
     def grid(self, recipe: str) -> tuple[float, ...]:
         return tuple(sorted(self.lrs.get(recipe, RECIPES[recipe].lrs)))
 
@@ -248,8 +253,9 @@ def _wanted(plan: Plan, recipe: str, runs: dict[Trial, Run]) -> list[Trial]:
     """The trials of a recipe that are known to be needed and have not been run."""
     out: list[Trial] = []
     chosen: float | None = None
+    ours = [one for one in runs.values() if plan.covers(one.trial)]  # the file may hold runs of other plans
     for size in plan.sizes():
-        losses = mean_losses(runs.values(), recipe, size)
+        losses = mean_losses(ours, recipe, size)
         grid = plan.grid(recipe)
         missing = [t for t in plan.trials(recipe, size, grid) if t not in runs]
         if not missing:
@@ -344,7 +350,6 @@ def sweep(plan: Plan, path: Path, *, jobs: int, watch: Callable[[Run | None, int
     old = read(path)
     if path.exists():  # without a line that was cut off
         path.write_text("".join(one.line() + "\n" for one in old), encoding="utf-8")
-    ours = {size: True for size in plan.sizes()}
     runs = {one.trial: one for one in old}
     pending: dict[Future[Run], Trial] = {}
     with path.open("a", encoding="utf-8") as file:
@@ -387,8 +392,8 @@ def sweep(plan: Plan, path: Path, *, jobs: int, watch: Callable[[Run | None, int
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-    wanted = {t for r in plan.recipes for s in ours for t in plan.trials(r, s, mean_losses(runs.values(), r, s))}
-    return [one for recipe in plan.recipes for trial, one in runs.items() if trial in wanted and trial.recipe == recipe]
+    ours = [one for one in runs.values() if plan.covers(one.trial)]
+    return [one for recipe in plan.recipes for one in ours if one.trial.recipe == recipe]
 
 
 def _work(trial: Trial) -> int:

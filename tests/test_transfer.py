@@ -59,6 +59,14 @@ def test_with_more_seeds_the_best_rate_has_all_of_them_also_where_the_grid_had_g
         assert {run.trial.seed for run in runs if run.trial.size == size and run.trial.lr == 2.0**lr} == {0, 1}
 
 
+@pytest.mark.parametrize("other", [{"steps": 7}, {"weight_decay": 0.1}, {"seeds": 3}], ids=str)
+def test_runs_of_other_plans_in_the_file_choose_nothing(other: dict[str, float]) -> None:
+    best, elsewhere = ({size: lr for size in PLAN.sizes()} for lr in (-1.0, 3.0))
+    before = [one for one in everything(replace(PLAN, **other), elsewhere) if not PLAN.covers(one.trial)]
+    runs = [one for one in everything(PLAN, best, before) if PLAN.covers(one.trial)]
+    assert before and {one.trial for one in runs} == {one.trial for one in everything(PLAN, best)}
+
+
 def test_regret_and_drift_of_parabolas() -> None:
     best = {Size(64, 2): -1.0, Size(64, 4): -1.0, Size(128, 2): -2.25}
     found = {row.size: row for row in transfer_report.rows(everything(PLAN, best))}
