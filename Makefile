@@ -27,7 +27,7 @@ demo: setup
 
 # One thread a worker: with more, small tensor work on few cores gets slower, not faster.
 test: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 # It fails if a family does; the page is written all the same.
 coverage: setup
