@@ -9,7 +9,7 @@ import torch
 from . import weight_atoms as atom_of
 from .rules import Call, Local, RuleTable
 
-__all__ = ["ATTENTION"]
+__all__ = ["ATTENTION", "FUSED"]
 
 aten = torch.ops.aten
 ATTENTION = RuleTable()

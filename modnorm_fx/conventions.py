@@ -68,6 +68,15 @@ class Convention:
         """
         return min(1.0, BRANCHES / math.sqrt(count)) if self.tracks_scales else 1.0
 
+    def heads(self, count: int) -> float:
+        """What the sensitivity to a matrix is multiplied by that makes the queries or keys of ``count`` heads.
+
+        A head's logits depend on its own features alone. The norm of the matrix measures those of all heads together,
+        by their RMS; an update of norm 1 whose singular vectors each lie in one head (as those of a dual can: it has
+        as many as there are features) moves that head's features by √count. ``paper`` measures all heads together.
+        """
+        return math.sqrt(count) if self.tracks_scales else 1.0
+
     def binding(self, uses: list[Allotment]) -> list[Allotment]:
         """The uses of one weight that its norm counts, each with the atom and the gain that it counts with.
 

@@ -16,7 +16,7 @@ from .regions import Region
 __all__ = ["STAGES", "Conversion"]
 
 #: the stages, in order
-STAGES = ("capture", "canonical", "atoms", "branches", "scales", "sensitivities", "mass", "tree", "timing")
+STAGES = ("capture", "canonical", "atoms", "branches", "heads", "scales", "sensitivities", "mass", "tree", "timing")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,17 @@ def branches(streams: Sequence[Any], convention: Convention) -> str:
             lines.append(f"    last weights, at {convention.branch(s.count):.3g} of their norm:")
             lines += [f"    {key}" for key in sorted({key for key, _ in s.writers})]
     return "\n".join(lines) or "no residual streams"
+
+
+def heads(found: Any, convention: Convention) -> str:
+    """Every matrix that makes queries or keys, of how many heads, and what its sensitivity is multiplied by for that;
+    and the operands of attention behind which there is no such matrix."""
+    lines = [
+        f"{key}: {count} head{'s' * (count > 1)}, sensitivity × {convention.heads(count):.3g}"
+        for key, count in sorted({(key, count) for (key, _), count in found.of.items()})
+    ]
+    lines += [f"no matrix makes only the {name} of {node.name}  {where(node) or ''}" for node, name in found.lost]
+    return "\n".join(lines) or "no attention"
 
 
 def scales(module: fx.GraphModule, facts: Any) -> str:

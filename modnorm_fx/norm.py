@@ -49,7 +49,8 @@ class Leaf:
         mass: its part of the network's mass.
         sensitivity: change of the network's output (relative to its scale) per change of the output of the op that
         uses it.
-        scale: RMS of what it multiplies (1 for what is added).
+        scale: RMS of what it multiplies (1 for what is added), times √heads if it makes their queries or keys
+        (``Convention.heads``).
         target: the atom norm that a unit update gives it: ``share(mass) / (sensitivity · scale)``.
         initial: the norm it is declared to have, which ``initialize_`` gives it.
         status: ``sampled`` where the op that uses it has no rule and its gain is an estimate, else ``rules``.

@@ -27,6 +27,7 @@ from .passes.bind_weights import bind_weights
 from .passes.computed_weights import computed_weights, parts_of_joined
 from .passes.feature_axes import feature_axes
 from .passes.find_branches import find_branches, written
+from .passes.find_heads import find_heads
 from .passes.find_stacks import find_stacks
 from .passes.flow import classify_flow
 from .passes.fold_tree import fold_tree
@@ -153,6 +154,8 @@ def convert(
     stages["atoms"] = lambda: explain.atoms(weights)
     streams = run("find_branches", find_branches, module.graph, flow, weights, rules=rules)
     stages["branches"] = lambda: explain.branches(streams, chosen)
+    heads = run("find_heads", find_heads, module, flow, weights, axes, rules=rules)
+    stages["heads"] = lambda: explain.heads(heads, chosen)
     signs = run("known_signs", known_signs, module, rules=rules)
     scales = run(
         "propagate_scales",
@@ -167,6 +170,7 @@ def convert(
         signs=signs,
         constants=constants,
         branches=written(streams),
+        heads=heads.of,
     )
     stages["scales"] = lambda: explain.scales(module, scales)
     sensitivities = run(

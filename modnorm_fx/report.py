@@ -72,9 +72,11 @@ def _footer(norm: ModularNorm, shown: str) -> list[str]:
     quadrature = norm.convention.quadrature
     share = "√(mass / total mass)" if quadrature else "mass / total mass"
     how = " (in quadrature for uses of one kind)" if quadrature else ""
+    scale = "scale: of what the weight multiplies"
+    scale += " (queries, keys: × √heads)" if norm.convention.heads(4) > 1 else ""
     return [
         *lines,
-        "sensitivity: of the network's output to that of the weight's op · scale: of what the weight multiplies",
+        f"sensitivity: of the network's output to that of the weight's op · {scale}",
         f"target: {share} / (sensitivity · scale), the norm of the weight's update in a step of lr 1",
         *[f"a weight of several uses: its masses add up, and its sensitivity · scale where counted{how}"]
         * ("(use " in shown or " uses)" in shown),

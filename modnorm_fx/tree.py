@@ -62,7 +62,8 @@ class AtomNode(Node):
     Attributes:
         key: the leaf's key; ``use`` counts its uses (a tied weight has several).
         atom: its atom here.
-        gain: change of this module's output per unit norm of the weight: the scale of what the weight multiplies.
+        gain: change of this module's output per unit norm of the weight: the scale of what the weight multiplies; of
+            queries and keys the change of one head's.
         own_mass: this use's share of the weight's mass.
         initial: the norm the weight is declared to have.
         status: status of the rule that gave the gain.

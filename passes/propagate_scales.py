@@ -84,6 +84,7 @@ class _Use:
         key, index: of the weight and the use. atom, affine: its atom, and what is done to it before.
         width: scale that is declared for an embedding, if not 1.
         branch: part of its norm that the convention leaves the last weight of a residual branch.
+        heads: what its sensitivity is multiplied by if it makes queries or keys.
     """
 
     key: str
@@ -92,6 +93,12 @@ class _Use:
     affine: Affine
     width: float | None
     branch: float
+    heads: float
+
+    @property
+    def factor(self) -> float:
+        """What the op's sensitivity to its operand is multiplied by, to be that to the weight as it is stored."""
+        return abs(self.affine.factor) * self.heads
 
     def scale(self, others: list[float]) -> float:
         """The scale that the weight is declared to have where it meets ``others``."""
@@ -156,9 +163,10 @@ def propagate_scales(
     signs: Mapping[fx.Node, Sign] = MappingProxyType({}),
     constants: Mapping[fx.Node, float] | None = None,
     branches: Mapping[tuple[str, int], int] = MappingProxyType({}),
+    heads: Mapping[tuple[str, int], int] = MappingProxyType({}),
 ) -> Scales:
     """The forward sweep; ``constants`` as ``measure_constants`` gives them (measured here if left out), ``branches`` as
-    ``find_branches`` does.
+    ``find_branches`` does, ``heads`` as ``find_heads`` does.
 
     Raises UnknownOpError naming every op that has no rule and may not, or cannot, be sampled.
     """
@@ -167,7 +175,7 @@ def propagate_scales(
     uses = {
         (node, operand): _Use(
             w.key, i, atom, w.affine[i] if w.affine else IDENTITY, tied.get(w.key),
-            convention.branch(branches.get((w.key, i), 1)),
+            convention.branch(branches.get((w.key, i), 1)), convention.heads(heads.get((w.key, i), 1)),
         )
         for w in weights
         for i, (node, operand, atom) in enumerate(w.uses)
@@ -206,8 +214,7 @@ def propagate_scales(
         if failure is not None:
             failures.append(_failure(node, failure))
         facts.local[node] = {
-            op: (value or 0.0) * (abs(uses[node, op].affine.factor) if (node, op) in uses else 1.0)
-            for op, value in found.items()
+            op: (value or 0.0) * (uses[node, op].factor if (node, op) in uses else 1.0) for op, value in found.items()
         }
         facts.scale[node] = local.scale if convention.tracks_scales else 1.0
         facts.status[node] = status

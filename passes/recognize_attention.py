@@ -37,11 +37,11 @@ BIASES = ("bias", "bias1", "bias2", "bias3")
 
 @dataclass(frozen=True)
 class _Product:
-    """A product of two signals: its operands, the size of the axis that is summed over, what is added to it."""
+    """A product of two signals: its operands, the axis of each that is summed over, what is added to it."""
 
     left: fx.Node
     right: fx.Node
-    width: int
+    summed: tuple[int, int]
     added: fx.Node | None = None
     factor: float = 1.0
 
@@ -88,7 +88,8 @@ def _attention(module: fx.GraphModule, output: fx.Node, flow: Flow) -> bool:
         return False
     facts = {
         "scale": scores.factor,
-        "width": scores.product.width,
+        "width": shape(scores.product.left)[scores.product.summed[0]],
+        "summed": dict(zip(("query", "key"), scores.product.summed, strict=True)),
         "cap": scores.cap,
         "biases": dict(zip(BIASES, (factor for _, factor in scores.biases), strict=False)),
     }
@@ -154,12 +155,12 @@ def _product(node: Any, flow: Flow) -> _Product | None:
     found = _operands(node) if isinstance(node, fx.Node) else None
     if found is None or not (flow.signal(found[0]) and flow.signal(found[1])):
         return None
-    left, right, axis, _ = found
+    left, right, *summed = found
     if not is_call(node, aten.baddbmm.default):
-        return _Product(left, right, shape(left)[axis])
+        return _Product(left, right, (summed[0], summed[1]))
     beta, alpha = (float(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))  # type: ignore[arg-type]
     added: Any = node.args[0] if beta else None
-    return _Product(left, right, shape(left)[axis], added, alpha)
+    return _Product(left, right, (summed[0], summed[1]), added, alpha)
 
 
 def _scores(node: Any, flow: Flow, factor: float) -> _Scores | None:
