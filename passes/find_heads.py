@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from modnorm_fx.atoms import Conv
+from modnorm_fx.atoms import Conv, Experts, Linear, PatchConv, Reshaped
 from modnorm_fx.attention_rules import FUSED
 from modnorm_fx.rules import RuleTable, arguments, operands, shape_of
 
@@ -36,6 +36,7 @@ from .type_atoms import Weight
 __all__ = ["Heads", "find_heads"]
 
 ATTENTION = frozenset({"attention", aten.scaled_dot_product_attention.default, *FUSED})
+MATRICES = (Linear, Conv, PatchConv, Experts)
 PARTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor})
 JOINS = frozenset({aten.cat.default, aten.slice_scatter.default})
 #: what works on each entry, or on the features of a head or of all heads, without mixing heads by learned numbers
@@ -76,8 +77,8 @@ def find_heads(
     makers: dict[fx.Node, list[Use]] = defaultdict(list)
     for w in weights:
         for i, (node, _, atom) in enumerate(w.uses):
-            depthwise = isinstance(atom, Conv) and atom.groups > 1
-            if atom.is_matrix and not depthwise:
+            layer = atom.inner if isinstance(atom, Reshaped) else atom
+            if isinstance(layer, MATRICES) and not (isinstance(layer, Conv) and layer.groups > 1):
                 makers[node].append((w.key, i))
     found = Heads()
     for node in module.graph.nodes:

@@ -85,6 +85,7 @@ def split_packed(
         return all((cut(user) or {}).keys() == parts.keys() for user in users)
 
     _release_types(module.graph)
+    _pick_before_copies(module.graph)
     count = 0
     todo = list(module.graph.nodes)
     while todo:
@@ -104,6 +105,38 @@ def _release_types(graph: fx.Graph) -> None:
             source: Any = node.args[0]
             same = (i for i in inputs if getattr(i.meta.get("val"), "dtype", None) == source.meta["val"].dtype)
             node.replace_input_with(source, next(same, source))
+
+
+def _pick_before_copies(graph: fx.Graph) -> None:
+    """Where a copy is made only to merge other axes than the first, along which it is then taken apart (SAM's batch and
+    heads), has each part copied by itself: what is behind a copy is no view of the layer's output."""
+    for node in list(graph.nodes):
+        if not is_call(node, aten._unsafe_view.default, aten.reshape.default):
+            continue
+        source: Any = node.args[0]
+        size = shape_of(node)
+        picks = [pick for user in node.users for pick in _picks(user, len(size))]
+        if shape_of(source)[:1] != size[:1] or None in picks:
+            continue
+        for pick, index in filter(None, picks):
+            with graph.inserting_before(pick):
+                part = graph.call_function(aten.select.int, (source, 0, index))
+                part.meta = dict(source.meta) | {"val": source.meta["val"].select(0, index)}
+                merged = graph.call_function(aten.reshape.default, (part, list(size[1:])))
+                merged.meta = dict(pick.meta)
+            pick.replace_all_uses_with(merged)
+    graph.eliminate_dead_code()
+
+
+def _picks(user: fx.Node, rank: int) -> list[tuple[fx.Node, int] | None]:
+    """Nodes that hold one place along the first axis of what ``user`` reads, and which; [None] if it does other things
+    with it."""
+    args: Any = (*user.args, 0)
+    if is_call(user, aten.unbind.int) and args[1] % rank == 0:
+        return [(pick, int(pick.args[1])) for pick in user.users]  # type: ignore[arg-type]
+    if is_call(user, aten.select.int) and args[1] % rank == 0:
+        return [(user, args[2])]
+    return [None]
 
 
 def _layer(node: fx.Node, module: fx.GraphModule, flow: Flow) -> _Layer | None:

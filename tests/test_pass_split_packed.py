@@ -53,6 +53,17 @@ def timm_by_index(t):
     return attend(t[0], t[1], t[2])
 
 
+def sam(t):
+    """Batch and heads are one axis, which takes a copy."""
+    t = t.reshape(B, T, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).reshape(3, B * HEADS, T, SIZE)
+    return F.scaled_dot_product_attention(*t.unbind(0)).unflatten(0, (B, HEADS)).transpose(1, 2).flatten(2)
+
+
+def sam_by_index(t):
+    q, k, v = t.reshape(B, T, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).reshape(3, B * HEADS, T, SIZE)
+    return q * k + v
+
+
 def nested(t):
     a, b = t.chunk(2, -1)
     return a.chunk(2, -1)[0] * torch.relu(a.chunk(2, -1)[1]) + b.chunk(2, -1)[0] * torch.relu(b.chunk(2, -1)[1])
@@ -70,6 +81,8 @@ LAYOUTS = {
     "Bloom, per head": (bloom, 3 * D, PER_HEAD),
     "timm, unbind": (timm, 3 * D, THIRDS),
     "timm, by index": (timm_by_index, 3 * D, THIRDS),
+    "SAM, unbind": (sam, 3 * D, THIRDS),
+    "SAM, by index": (sam_by_index, 3 * D, THIRDS),
     "gate and up": (lambda t: F.silu(t.chunk(2, -1)[0]) * t.chunk(2, -1)[1], 2 * D, HALVES),
     "gate and up, interleaved": (lambda t: F.silu(t[..., ::2]) * t[..., 1::2], 2 * D, [(0, 1, 2), (1, 2, 2)]),
     "unequal": (
@@ -89,6 +102,9 @@ WHOLE = {
     "features of some positions": lambda t: t[:, 0, :16] * t[:, 1, 16:],
     "one slice only": lambda t: t[..., :16],
     "many parts": lambda t: torch.cat(t.chunk(MOST_PARTS * 2, -1)[::-1], -1),
+    "a copy that mixes parts and batch": lambda t: (lambda a, b, c, d: a * b + c * d)(
+        *t.reshape(B, T, 2, D).permute(2, 0, 1, 3).reshape(2 * B, T, D).unbind(0)
+    ),
     "a function first": lambda t: (lambda a, b: a * b)(*torch.relu(t).chunk(2, -1)),
 }
 
@@ -141,6 +157,14 @@ def parts(staged: Staged, axis: int = 0) -> list[list[int]]:
 
 def expected(slices: list[tuple[int, int, int]], size: int) -> list[list[int]]:
     return [[i for i in range(size) if start <= i % period < stop] for start, stop, period in slices]
+
+
+def test_a_copy_that_keeps_another_axis_first():
+    """The parts that are picked behind the copy are examples of the batch."""
+    layer = Layer(
+        lambda t: (lambda a, b: a * b)(*t.unflatten(-1, (2, D)).transpose(1, 2).reshape(B, -1).unbind(0)), 2 * D
+    )
+    assert parts(found(layer)) == []
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
