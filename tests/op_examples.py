@@ -67,7 +67,7 @@ def recurrent(gates: int, *, packed: bool) -> Example:
     return Example((*x, [state, state] if gates == 4 else state, params, *rest), check="skip")
 
 
-POSITIVE = T((40, 50), 0.7, "positive")
+POSITIVE = T((20, 25), 0.7, "positive")
 
 EXAMPLES: dict[object, list[Example]] = {
     aten.linear.default: [
