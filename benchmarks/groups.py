@@ -19,6 +19,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from modnorm_fx.models_zoo.recipes import RECIPES
 from modnorm_fx.models_zoo.train import evaluate, train
 from modnorm_fx.models_zoo.training import logits_loss
 from modnorm_fx.models_zoo.transfer import Plan, Size, begin
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, required=True)
     parser.add_argument("--depth", type=int, required=True)
     parser.add_argument("--head-size", type=int)
-    parser.add_argument("--optimizer", default="modnorm-adamw", help="one of transfer's that uses the norm")
+    parser.add_argument("--optimizer", default="modnorm-adamw", choices=[r for r in RECIPES if r.startswith("modnorm")])
     parser.add_argument("--lrs", type=float, nargs="+", required=True)
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5])
     parser.add_argument("--groups", default="", help="a regular expression; default: all")

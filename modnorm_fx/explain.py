@@ -112,12 +112,12 @@ def branches(streams: Sequence[Any], convention: Convention) -> str:
 
 def heads(found: Any, convention: Convention) -> str:
     """Every matrix that makes queries or keys, of how many heads, and what its sensitivity is multiplied by for that;
-    and the operands of attention behind which there is no such matrix."""
+    and the operands of attention behind which no such matrix was found."""
     lines = [
         f"{key}: {count} head{'s' * (count > 1)}, sensitivity × {convention.heads(count):.3g}"
         for key, count in sorted({(key, count) for (key, _), count in found.of.items()})
     ]
-    lines += [f"no matrix makes only the {name} of {node.name}  {where(node) or ''}" for node, name in found.lost]
+    lines += [f"left as it is: the {name} of {node.name}  {where(node) or ''}" for node, name in found.lost]
     return "\n".join(lines) or "no attention"
 
 

@@ -25,7 +25,7 @@ from .canonicalize import CASTS, aten, shape
 from .flow import Flow
 from .type_atoms import Weight
 
-__all__ = ["Stream", "Use", "find_branches", "written"]
+__all__ = ["Stream", "Use", "dependencies", "find_branches", "written"]
 
 #: weight key, index of the use
 Use = tuple[str, int]
@@ -69,13 +69,9 @@ def find_branches(graph: fx.Graph, flow: Flow, weights: Sequence[Weight], *, rul
             shifted = any(affine.shift for affine in w.affine[i : i + 1])  # 1 + g, which starts at g = 0
             if isinstance(atom.inner if isinstance(atom, Reshaped) else atom, WRITERS) and not shifted:
                 uses[node].append((w.key, i))
-    bit = {node: 1 << i for i, node in enumerate(graph.nodes)}
-    above: dict[fx.Node, int] = {}  # a node and all it depends on
+    bit, above = dependencies(graph)
     streams: dict[fx.Node, Stream] = {}  # by their first value and by each sum
     for node in graph.nodes:
-        above[node] = bit[node]
-        for before in node.all_input_nodes:
-            above[node] |= above[before]
         for so_far, branch in _as_residual(node) if flow.signal(node) else ():
             source = _source(so_far, rules)
             stream = streams.get(source) or Stream(source)
@@ -88,6 +84,17 @@ def find_branches(graph: fx.Graph, flow: Flow, weights: Sequence[Weight], *, rul
             streams[stream.first] = streams[node] = stream
             break
     return [stream for first, stream in streams.items() if first is stream.first]
+
+
+def dependencies(graph: fx.Graph) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    """A bit for each node, and the bits of each node and all that it depends on."""
+    bit = {node: 1 << i for i, node in enumerate(graph.nodes)}
+    above: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        above[node] = bit[node]
+        for before in node.all_input_nodes:
+            above[node] |= above[before]
+    return bit, above
 
 
 def _as_residual(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:

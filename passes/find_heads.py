@@ -29,7 +29,7 @@ from modnorm_fx.rules import RuleTable, arguments, operands, shape_of
 
 from .canonicalize import CASTS, aten
 from .feature_axes import MOVES, RESHAPES, SPATIAL, Axes, regroup
-from .find_branches import Use
+from .find_branches import SUMS, Use, dependencies
 from .flow import Flow
 from .type_atoms import Weight
 
@@ -54,7 +54,7 @@ class Heads:
     Attributes:
         of: (weight key, index of the use) -> number of heads of the queries or keys that the matrix makes.
         lost: (attention, operand) behind which there is no matrix that the pass could find, or one that makes values
-            as well.
+            as well, or none that makes whole heads.
     """
 
     of: dict[Use, int] = field(default_factory=dict)
@@ -81,6 +81,7 @@ def find_heads(
             if isinstance(layer, MATRICES) and not (isinstance(layer, Conv) and layer.groups > 1):
                 makers[node].append((w.key, i))
     found = Heads()
+    walk = _Walk(module, flow, makers, rules, *dependencies(module.graph))
     for node in module.graph.nodes:
         if node.op not in ("call_function", "call_module"):
             continue
@@ -89,85 +90,108 @@ def find_heads(
             continue
         value = args["value"]
         whole = _Place(value, axes.get(value, frozenset()), math.prod(shape_of(value)[a] for a in axes.get(value, ())))
-        packed = {place.node for place in _origins(whole, module, flow, makers, rules)}
+        packed = {place.node for place in walk.origins(whole)}
         for name in ("query", "key"):
             source = args[name]
             summed = args["region"].facts["summed"][name] if key == "attention" else -1
             axis = summed % len(shape_of(source))
             start = _Place(source, frozenset({axis}), shape_of(source)[axis])
-            reached = _origins(start, module, flow, makers, rules)
-            ends = [place for place in reached if place.node in makers and place.node not in packed]
-            if not ends and flow.signal(source):
+            counts = {
+                place.node: count
+                for place in walk.origins(start)
+                if place.node in makers and place.node not in packed and (count := _count(place, axes))
+            }
+            if not counts and flow.signal(source):
                 found.lost.append((node, name))
-            for place in ends:
-                features = [a for a in axes[place.node] if a in place.axes] and axes[place.node]
-                count = math.prod(shape_of(place.node)[a] for a in features) // place.size
-                for use in makers[place.node]:
-                    found.of[use] = max(count, 1, found.of.get(use, 1))
+            for maker, count in counts.items():
+                for use in makers[maker]:
+                    found.of[use] = max(count, found.of.get(use, 1))
     return found
 
 
-def _origins(
-    start: _Place, module: fx.GraphModule, flow: Flow, makers: Mapping[fx.Node, Any], rules: RuleTable
-) -> Iterator[_Place]:
-    """Where the features of a head come from: the places that the pass cannot go behind, matrices among them."""
-    todo, seen = [start], {start}
-    while todo:
-        place = todo.pop()
-        before = [] if place.node in makers else list(_behind(place, module, flow, rules))
-        if not before:
-            yield place
-        todo += [p for p in before if p not in seen]
-        seen.update(before)
+def _count(place: _Place, axes: Mapping[fx.Node, Axes]) -> int:
+    """How many heads have their features in the output of a matrix; 0 if it does not consist of whole heads."""
+    if not place.axes & axes[place.node]:
+        return 0
+    count, rest = divmod(math.prod(shape_of(place.node)[a] for a in axes[place.node]), place.size)
+    return 0 if rest else count
 
 
-def _behind(place: _Place, module: fx.GraphModule, flow: Flow, rules: RuleTable) -> Iterator[_Place]:
-    """The same features in the operands that an op moves or changes entry by entry; none for other ops."""
-    node, axes, size = place.node, place.axes, place.size
-    if node.op not in ("call_function", "call_module"):
-        return
-    key, args = arguments(node, module)
-    signals = [n for _, n in operands(args) if flow.signal(n)]
-    if not signals:
-        return
-    source, after = signals[0], shape_of(node)
-    before = shape_of(source)
-    merged = math.prod(after[a] for a in axes) != size
-    if key in RESHAPES or key == "rotary":
-        yield _Place(source, regroup(after, before, axes), size)
-    elif key in MOVES:
-        move: Any = node.target
-        moved = move(torch.empty([a + 1 for a in range(len(before))], device="meta"), *node.args[1:], **node.kwargs)
-        yield _Place(source, frozenset(moved.shape[a] - 1 for a in axes), size)
-    elif key is aten.copy.default:
-        yield _Place(args["src"], axes, size)
-    elif key is getitem and source.target in SPATIAL:
-        yield _Place(source, axes, size)
-    elif key is getitem and source.target is aten.unbind.int:
-        inner, dim = (*source.args, 0)[:2]
-        yield _Place(inner, _with_axis(axes, int(dim) % len(shape_of(inner))), size)  # type: ignore[arg-type]
-    elif key is aten.select.int:
-        yield _Place(source, _with_axis(axes, int(args["dim"]) % len(before)), size)
-    elif key is aten.unsqueeze.default:
-        at = int(args["dim"]) % len(after)
-        yield _Place(source, frozenset(a - (a > at) for a in axes if a != at), size)
-    elif key in PARTS or key in JOINS or (key is getitem and source.target in PARTS):
-        for n in source.all_input_nodes if key is getitem else signals:
-            resized = any(shape_of(n)[a] != after[a] for a in axes)
-            if not (resized and merged):
-                yield _Place(n, axes, math.prod(shape_of(n)[a] for a in axes) if resized else size)
-    elif key is aten.expand.default or key in PASSED or node.op == "call_module" or _pointwise(key, rules):
-        for n in signals:
-            shift = len(after) - len(shape_of(n))
-            own = frozenset(a - shift for a in axes)
-            if all(a >= 0 and shape_of(n)[a] == after[a + shift] for a in own):
-                yield _Place(n, own, size)
+@dataclass(frozen=True)
+class _Walk:
+    """From the features of a head back to what made them; ``bit`` and ``above`` as ``dependencies`` gives them."""
+
+    module: fx.GraphModule
+    flow: Flow
+    makers: Mapping[fx.Node, Any]
+    rules: RuleTable
+    bit: Mapping[fx.Node, int]
+    above: Mapping[fx.Node, int]
+
+    def origins(self, start: _Place) -> Iterator[_Place]:
+        """The places that the pass cannot go behind, matrices among them."""
+        todo, seen = [start], {start}
+        while todo:
+            place = todo.pop()
+            before = [] if place.node in self.makers else list(self.behind(place))
+            if not before:
+                yield place
+            todo += [p for p in before if p not in seen]
+            seen.update(before)
+
+    def behind(self, place: _Place) -> Iterator[_Place]:
+        """The same features in the operands that an op moves or changes entry by entry; none for other ops, and none
+        for the sums of a residual stream, which holds more than queries or keys."""
+        node, axes, size = place.node, place.axes, place.size
+        if node.op not in ("call_function", "call_module"):
+            return
+        key, args = arguments(node, self.module)
+        signals = [n for _, n in operands(args) if self.flow.signal(n)]
+        if not signals or (key in SUMS and self._is_residual(signals)):
+            return
+        source, after = signals[0], shape_of(node)
+        before = shape_of(source)
+        if key in RESHAPES or key == "rotary":
+            yield _Place(source, regroup(after, before, axes), size)
+        elif key in MOVES:
+            move: Any = node.target
+            moved = move(torch.empty([a + 1 for a in range(len(before))], device="meta"), *node.args[1:], **node.kwargs)
+            yield _Place(source, frozenset(moved.shape[a] - 1 for a in axes), size)
+        elif key is aten.copy.default:
+            yield _Place(args["src"], axes, size)
+        elif key is getitem and source.target in SPATIAL:
+            yield _Place(source, axes, size)
+        elif key is getitem and source.target is aten.unbind.int:
+            _, unbound = arguments(source, self.module)
+            yield _Place(unbound["self"], _with_axis(axes, unbound["dim"] % (len(after) + 1)), size)
+        elif key is aten.select.int:
+            yield _Place(source, _with_axis(axes, args["dim"] % len(before)), size)
+        elif key is aten.unsqueeze.default:
+            at = args["dim"] % len(after)
+            yield _Place(source, frozenset(a - (a > at) for a in axes if a != at), size)
+        elif key in PARTS or key in JOINS or (key is getitem and source.target in PARTS):
+            merged = math.prod(after[a] for a in axes) != size
+            for n in source.all_input_nodes if key is getitem else signals:
+                resized = any(shape_of(n)[a] != after[a] for a in axes)
+                if not (resized and merged):
+                    yield _Place(n, axes, math.prod(shape_of(n)[a] for a in axes) if resized else size)
+        elif (
+            key is aten.expand.default
+            or key in PASSED
+            or node.op == "call_module"
+            or (key in self.rules and self.rules[key].pointwise)
+        ):
+            for n in signals:
+                shift = len(after) - len(shape_of(n))
+                own = frozenset(a - shift for a in axes)
+                if all(a >= 0 and shape_of(n)[a] == after[a + shift] for a in own):
+                    yield _Place(n, own, size)
+
+    def _is_residual(self, terms: Sequence[fx.Node]) -> bool:
+        """Whether one of two terms is computed from the other."""
+        return len(terms) == 2 and any(self.above[a] & self.bit[b] for a, b in (terms, terms[::-1]))
 
 
 def _with_axis(axes: Axes, at: int) -> Axes:
     """The same axes of a value that has one more, at ``at``."""
     return frozenset(a + (a >= at) for a in axes)
-
-
-def _pointwise(key: Any, rules: RuleTable) -> bool:
-    return key in rules and rules[key].pointwise

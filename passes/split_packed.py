@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -115,10 +116,10 @@ def _pick_before_copies(graph: fx.Graph) -> None:
             continue
         source: Any = node.args[0]
         size = shape_of(node)
-        picks = [pick for user in node.users for pick in _picks(user, len(size))]
+        picks = [_picks(user, len(size)) for user in node.users]
         if shape_of(source)[:1] != size[:1] or None in picks:
             continue
-        for pick, index in filter(None, picks):
+        for pick, index in chain.from_iterable(filter(None, picks)):
             with graph.inserting_before(pick):
                 part = graph.call_function(aten.select.int, (source, 0, index))
                 part.meta = dict(source.meta) | {"val": source.meta["val"].select(0, index)}
@@ -128,15 +129,15 @@ def _pick_before_copies(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _picks(user: fx.Node, rank: int) -> list[tuple[fx.Node, int] | None]:
-    """Nodes that hold one place along the first axis of what ``user`` reads, and which; [None] if it does other things
+def _picks(user: fx.Node, rank: int) -> list[tuple[fx.Node, int]] | None:
+    """Nodes that hold one place along the first axis of what ``user`` reads, and which; None if it does other things
     with it."""
     args: Any = (*user.args, 0)
     if is_call(user, aten.unbind.int) and args[1] % rank == 0:
         return [(pick, int(pick.args[1])) for pick in user.users]  # type: ignore[arg-type]
-    if is_call(user, aten.select.int) and args[1] % rank == 0:
+    if is_call(user, aten.select.int) and args[1] % rank == 0 and isinstance(args[2], int):
         return [(user, args[2])]
-    return [None]
+    return None
 
 
 def _layer(node: fx.Node, module: fx.GraphModule, flow: Flow) -> _Layer | None:
