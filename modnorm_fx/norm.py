@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from . import tree as T
-from .atoms import Atom, Conv, Experts, Gain, Gates, Linear, PatchConv, Reshaped, Slice, Tied
+from .atoms import Atom, Slice, Tied
 from .conventions import Convention
 from .errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
 from .explain import Conversion
+from .initialization import padding_rows, thawed, zero_branches
 
 if TYPE_CHECKING:
     from .normalizer import Normalizer
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["Leaf", "ModularNorm"]
 
 logger = logging.getLogger("modnorm_fx")
-
-#: what `initialize_` leaves alone where it is zero
-MAY_START_AT_ZERO = (Gain, Linear, Conv, PatchConv, Experts, Gates)
 
 
 @dataclass(frozen=True)
@@ -307,46 +305,37 @@ class ModularNorm:
         """Gives every weight of ``model`` the norm it is declared to have: semi-orthogonal matrices, gains of one size,
         zero biases.
 
-        Scalars and unused parameters stay as they are, and so do gains and matrices that are zero: their author starts
-        residual branches from nothing (last gains of a ResNet, adaLN-zero, LoRA's B), and deep nets need it (see
-        docs/design-decisions.md). They are named in a log message. If every matrix is zero, nobody has initialised the
-        model (``to_empty``), and all are drawn. The model must have the norm's parameters (ModelMismatchError
-        otherwise).
+        Scalars and unused parameters stay as they are, and so do frozen parameters (``requires_grad=False``) and gains
+        and matrices that are zero: their author starts residual branches from nothing (last gains of a ResNet,
+        adaLN-zero, LoRA's B), and deep nets need it (see docs/design-decisions.md). Both are named in log messages.
+        If every matrix is zero, nobody has initialised the model (``to_empty``), and all are drawn. Rows for padding
+        (``padding_idx``) are zero, as torch has them.
+
+        Raises ModelMismatchError if the model has other parameters than the norm, ModnormError if all are frozen.
         """
-        tensors = _tensors(self.bind(model), model)
-        kept = self._zero_branches(tensors)
-        if kept:
-            logger.info("initialize_ leaves at zero what starts there: %s.", ", ".join(sorted(kept)))
+        self.bind(model)
+        tensors = thawed(model, self._by_weight)
+        kept = zero_branches(self.leaves, tensors)
 
         def fill(leaf: Leaf, part: Tensor) -> None:
             if leaf.key not in kept:
                 leaf.atom.initialize_(part, leaf.initial, generator)
 
         self._each(tensors, fill, check=False)
-
-    def _zero_branches(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Keys of gains and matrices that are zero; none where every matrix is."""
-        zero, written = set(), False
-        for leaf in self.leaves:
-            atom = leaf.atom.inner if isinstance(leaf.atom, Reshaped) else leaf.atom
-            part = leaf.read(tensors[leaf.weight]) if leaf.weight in tensors else None
-            if part is None or part.is_meta or not isinstance(atom, MAY_START_AT_ZERO):
-                continue
-            if not part.any():
-                zero.add(leaf.key)
-            elif leaf.atom.is_matrix:
-                written = True
-        return zero if written else set()
+        for table, row in padding_rows(model):
+            if table.requires_grad:
+                table[row].zero_()
 
     @torch.no_grad()
     def project_(self, model: nn.Module, bound: float = 1.0) -> None:
         """Shrinks weights of ``model`` whose norm exceeds ``bound`` times what they are declared to have; others
-        stay."""
+        stay, and so do frozen ones. Raises as ``initialize_`` does."""
+        self.bind(model)
         self._each(
             {
                 k: v
-                for k, v in _tensors(self.bind(model), model).items()
-                if any(leaf.initial > 0 for leaf in self._by_weight.get(k, ()))
+                for k, v in thawed(model, self._by_weight).items()
+                if any(leaf.initial > 0 for leaf in self._by_weight[k])
             },
             lambda leaf, part: leaf.atom.project_(part, bound * leaf.initial) if leaf.initial > 0 else None,
         )
@@ -433,10 +422,6 @@ class ModularNorm:
         from .report import html
 
         Path(path).write_text(html(self), encoding="utf-8")
-
-
-def _tensors(norm: ModularNorm, model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.data for name, p in model.named_parameters() if name in norm._by_weight}
 
 
 def _near(name: str, known: Iterable[str]) -> str:
