@@ -25,7 +25,7 @@ TYPICAL_MAP = "Gauss-Hermite quadrature of f and f' at the operating scale"
 
 def _pointwise(call: Call, function: Callable[[torch.Tensor], torch.Tensor], name: str) -> Local:
     """Typical scale and slope of a scalar function at the operand's scale, for entries of its sign."""
-    scale, slope = gaussian_moments(function, call.scale(name), call.sign(name))
+    scale, slope = gaussian_moments(function, call.scale(name), call.sign(name), growing=call.is_running(name))
     return Local(scale, {name: slope})
 
 

@@ -68,7 +68,7 @@ def _nodes(sign: Sign, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gaussian_moments(
-    function: Callable[[torch.Tensor], torch.Tensor], scale: float, sign: Sign = Sign.ANY
+    function: Callable[[torch.Tensor], torch.Tensor], scale: float, sign: Sign = Sign.ANY, *, growing: bool = False
 ) -> tuple[float, float]:
     """Root mean square of ``f(scale·z)`` and of ``f'(scale·z)`` for ``z ~ N(0, 1)``, or ``±|z|`` if its sign is known.
 
@@ -82,6 +82,9 @@ def gaussian_moments(
         function: elementwise, differentiable almost everywhere; called on a float64 vector.
         scale: RMS of the input, positive.
         sign: signs that the input may have.
+        growing: whether the input sums more and more terms of one sign. Entries of n terms are then as large as n and
+            move by √n, so that ``f'²`` counts by ``|z|`` over its mean: what is far out moves most, and the decays
+            ``exp(-Σ)`` that matter are near.
 
     Returns:
         ``(√E f², √E f'²)``, the output's scale and the sensitivity.
@@ -91,6 +94,8 @@ def gaussian_moments(
     """
     nodes, weights = _nodes(sign, scale)
     y, slope = _evaluated(function, scale * nodes)
+    if growing:
+        slope = slope * (nodes.abs() * math.sqrt(math.pi / 2)).sqrt()
     finite = y.isfinite() & slope.isfinite()
     if not finite.any():
         raise ModnormError(

@@ -52,12 +52,19 @@ def total(call: Call) -> Local:
 
 
 @REDUCTIONS.rule(
-    aten.cumsum.default, status="typical", source="entry i sums i + 1 independent terms, (n + 1)/2 on average"
+    aten.cumsum.default,
+    status="typical",
+    source="entry i sums i + 1 independent terms, (n + 1)/2 on average; of one sign, |z|, they add up to (i + 1)√(2/π), "
+    "whose square is (n + 1)(2n + 1)/6 · 2/π on average",
 )
 def running_sum(call: Call) -> Local:
-    shape = call.shape("self")
-    root = _root(call, (shape[int(call["dim"])] + 1) / 2 if shape else 1)
-    return Local(root * call.scale("self"), {"self": root})
+    shape, s = call.shape("self"), call.scale("self")
+    n = shape[int(call["dim"])] if shape else 1
+    root = _root(call, (n + 1) / 2)
+    if call.convention.tracks_scales and call.sign("self") in (Sign.POSITIVE, Sign.NEGATIVE):
+        mean = MEAN_OF_HALF * math.sqrt((n + 1) * (2 * n + 1) / 6)
+        return Local(s * math.hypot(mean, root * math.sqrt(1 - 2 / math.pi)), {"self": root})
+    return Local(root * s, {"self": root})
 
 
 @REDUCTIONS.rule(

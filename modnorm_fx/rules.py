@@ -69,6 +69,7 @@ class Call:
         weights: the operands that are weights.
         averages: nodes whose rows are averages (softmax and views of it).
         signs: fx node -> which signs its entries may have, where that is not any.
+        running: nodes whose entries sum a growing number of terms of one sign (running sums and parts of them).
     """
 
     node: fx.Node
@@ -79,6 +80,7 @@ class Call:
     weights: frozenset[Operand] = frozenset()
     averages: frozenset[fx.Node] = frozenset()
     signs: Mapping[fx.Node, Sign] = field(default_factory=dict)
+    running: frozenset[fx.Node] = frozenset()
 
     def __getitem__(self, name: str) -> Any:
         """An argument, None where it was left out."""
@@ -101,6 +103,9 @@ class Call:
 
     def is_average(self, name: str) -> bool:
         return self.args.get(name) in self.averages
+
+    def is_running(self, name: str) -> bool:
+        return self.args.get(name) in self.running
 
     def sign(self, name: str) -> Sign:
         """Which signs the entries of an operand may have."""

@@ -58,6 +58,15 @@ AVERAGE_KEEPERS = frozenset(
     }
 )  # fmt: skip
 
+#: what keeps entries of a running sum, besides views
+RUNNING_KEEPERS = frozenset(
+    {
+        *CASTS, aten.sub.Tensor, aten.neg.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.tril.default,
+        aten.triu.default, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.constant_pad_nd.default,
+        aten.pad.default, aten.repeat.default, aten.repeat_interleave.self_int, aten.index_select.default,
+    }
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Scales:
@@ -185,6 +194,7 @@ def propagate_scales(
         facts, flow, uses, measure_constants(module, flow) if constants is None else constants, convention
     )
     averages: set[fx.Node] = set()
+    running: set[fx.Node] = set()
     failures: list[str] = []
     for node in module.graph.nodes:
         if not flow.signal(node):
@@ -204,6 +214,7 @@ def propagate_scales(
             frozenset(op for op, n in wanted if flow.weight(n) or _is_computed(n, module)),
             frozenset(averages & set(node.all_input_nodes)),
             signs,
+            frozenset(running & set(node.all_input_nodes)),
         )
         names = [op for op, _ in wanted]
         local, status, failure = _local(module, call, names, rules, unknown, estimate=node in sampled_weights)
@@ -223,6 +234,8 @@ def propagate_scales(
                 facts.status[_maker(_operand(args, op), rules)] = status
         if key in SOFTMAX or _keeps_averages(key, call, [n for _, n in wanted if flow.signal(n)], rules):
             averages.add(node)
+        if node in signs and _is_running(key, [n for _, n in wanted if flow.signal(n)], running, rules):
+            running.add(node)
     if failures:
         raise UnknownOpError(
             f"{len(failures)} operation{'s have' if len(failures) > 1 else ' has'} no rule:"
@@ -242,6 +255,14 @@ def _keeps_averages(key: Any, call: Call, signals: Sequence[fx.Node], rules: Rul
     row = rules.get(key)
     kept = key in AVERAGE_KEEPERS or (row is not None and row.view) or getattr(key, "__name__", "") == "getitem"
     return kept and bool(signals) and call.averages.issuperset(signals)
+
+
+def _is_running(key: Any, signals: Sequence[fx.Node], running: set[fx.Node], rules: RuleTable) -> bool:
+    """Whether a value of known sign is a running sum, shows entries of one, or is the difference of two places in one
+    (of which the sign would not be known if they lay in two)."""
+    row = rules.get(key)
+    kept = key in RUNNING_KEEPERS or (row is not None and row.view) or getattr(key, "__name__", "") == "getitem"
+    return key is aten.cumsum.default or (kept and bool(signals) and running.issuperset(signals))
 
 
 def _local(

@@ -45,7 +45,7 @@ SUMS: dict[object, list[Example]] = {
     aten.sum.default: [Example((X,))],
     aten.nansum.default: [Example((X, [1]))],
     aten.trace.default: [Example((T((6, 6), 0.7),))],
-    aten.cumsum.default: [Example((T((40, 8), 0.7), 1))],
+    aten.cumsum.default: [Example((T((40, 8), 0.7), 1)), Example((T((40, 8), 0.7, "positive"), 1))],
     aten.prod.default: [Example((T((3,), 0.7, "sign"),))],
     aten.prod.dim_int: [Example((T((6, 3), 0.7, "sign"), 1))],
     aten.cumprod.default: [Example((T((6, 5), 0.7, "sign"), 1))],
