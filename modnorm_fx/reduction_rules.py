@@ -54,8 +54,8 @@ def total(call: Call) -> Local:
 @REDUCTIONS.rule(
     aten.cumsum.default,
     status="typical",
-    source="entry i sums i + 1 independent terms, (n + 1)/2 on average; of one sign, |z|, they add up to (i + 1)√(2/π), "
-    "whose square is (n + 1)(2n + 1)/6 · 2/π on average",
+    source="entry i sums i + 1 independent terms, (n + 1)/2 on average; of one sign, |z|, they add up to "
+    "(i + 1)√(2/π), of mean square (n + 1)(2n + 1)/6 · 2/π",
 )
 def running_sum(call: Call) -> Local:
     shape, s = call.shape("self"), call.scale("self")
