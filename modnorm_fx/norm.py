@@ -352,11 +352,20 @@ class ModularNorm:
     def _checked(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Updates by canonical name; nothing is changed before all are found good."""
         out: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
         for given, tensor in updates.items():
             name = self.aliases.get(given, given)
             if name not in self.shapes:
                 raise ModelMismatchError(
                     f"The norm knows no parameter {given!r}.", do=f"Did you mean {_near(given, self.shapes)!r}?"
+                )
+            if name in out:
+                if tensor.is_set_to(out[name]):  # one update under two names, as in state_dict()
+                    continue
+                raise ModelMismatchError(
+                    f"{names[name]!r} and {given!r} are one tied weight, and their updates are different tensors.",
+                    why="a weight has one update",
+                    do="Give it once, under either name: the gradient of a tied weight is the sum over its uses.",
                 )
             if tuple(tensor.shape) != tuple(self.shapes[name]):
                 raise ModelMismatchError(
@@ -372,7 +381,7 @@ class ModularNorm:
                     f"The update of {given!r} holds NaN or infinity.",
                     why="no scaling makes it finite; nothing was changed",
                 )
-            out[name] = tensor
+            out[name], names[name] = tensor, given
         return out
 
     # --- showing and keeping ----------------------------------------------------------------------------------------

@@ -275,6 +275,28 @@ def test_refusals_change_nothing(method):
     refused(NonFiniteError, "'shift' holds NaN", shift=torch.full((16,), math.inf))
 
 
+@both
+@pytest.mark.parametrize("method", ["normalize_", "dualize_"])
+def test_a_tied_weight_under_both_its_names_is_one_update(convention, method):
+    _, norm = CASES[convention]
+    update = updates(norm)["word.weight"]
+    alone, both_names = {"word.weight": update.clone()}, update.clone()
+    getattr(norm, method)(alone, 0.1)
+    getattr(norm, method)({"word.weight": both_names, "head.weight": both_names.detach()}, 0.1)  # as state_dict() does
+    assert torch.equal(both_names, alone["word.weight"])
+    assert float(norm.norm({"head.weight": both_names, "word.weight": both_names})) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["norm", "normalize_", "dualize_"])
+def test_two_updates_of_one_tied_weight_are_refused(method):
+    _, norm = CASES["tracked"]
+    good = updates(norm)
+    given = {"head.weight": good["word.weight"].clone(), **{k: v.clone() for k, v in good.items()}}
+    with pytest.raises(ModelMismatchError, match="'head.weight' and 'word.weight' are one tied weight"):
+        getattr(norm, method)(given)
+    assert all(torch.equal(given[name], good[name]) for name in good)
+
+
 # --- dualize_, initialize_, project_ ----------------------------------------------------------------------------------
 
 
