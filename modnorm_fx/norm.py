@@ -252,7 +252,8 @@ class ModularNorm:
     def norm(self, updates: Mapping[str, Tensor]) -> Tensor:
         """The modular norm of updates (parameter name -> tensor of its shape), exact; float32, no dimensions.
 
-        Raises ModelMismatchError for names or shapes that the norm does not know, NonFiniteError for NaN or infinity.
+        Raises ModelMismatchError for names or shapes that the norm does not know, NonFiniteError for NaN or infinity,
+        ModnormError for what is no dense floating-point tensor.
         """
         ratios = []
         for name, tensor in self._checked(updates).items():
@@ -353,12 +354,18 @@ class ModularNorm:
         """Updates by canonical name; nothing is changed before all are found good."""
         out: dict[str, Tensor] = {}
         names: dict[str, str] = {}
+        if not isinstance(updates, Mapping):
+            raise ModnormError(
+                f"Updates are a mapping from parameter names to tensors; this is a {type(updates).__name__}.",
+                do="Pass, for example, {name: p.grad.clone() for name, p in model.named_parameters()}.",
+            )
         for given, tensor in updates.items():
             name = self.aliases.get(given, given)
             if name not in self.shapes:
                 raise ModelMismatchError(
                     f"The norm knows no parameter {given!r}.", do=f"Did you mean {_near(given, self.shapes)!r}?"
                 )
+            _check_measurable(given, tensor)
             if name in out:
                 if tensor.is_set_to(out[name]):  # one update under two names, as in state_dict()
                     continue
@@ -431,6 +438,30 @@ class ModularNorm:
         from .report import html
 
         Path(path).write_text(html(self), encoding="utf-8")
+
+
+def _check_measurable(name: str, update: object) -> None:
+    """Raises ModnormError for what has no norm: None, numbers, integers, sparse tensors."""
+    if update is None:
+        raise ModnormError(
+            f"The update of {name!r} is None.",
+            why="a parameter that took no part in the loss has no gradient",
+            do="Leave it out: {name: p.grad for name, p in model.named_parameters() if p.grad is not None}.",
+        )
+    if not isinstance(update, Tensor):
+        raise ModnormError(f"The update of {name!r} is no tensor but a {type(update).__name__}.", do="Pass a tensor.")
+    if update.layout is not torch.strided:
+        raise ModnormError(
+            f"The update of {name!r} is sparse ({update.layout}).",
+            why="its norm is taken over the whole weight",
+            do="Pass update.to_dense(), or build the embedding with sparse=False.",
+        )
+    if not (update.is_floating_point() or update.is_complex()):
+        raise ModnormError(
+            f"The update of {name!r} is of type {update.dtype}.",
+            why="whole numbers cannot be scaled to a norm",
+            do="Pass update.float().",
+        )
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -261,7 +261,7 @@ def test_refusals_change_nothing(method):
     model, norm = CASES["tracked"]
     good = updates(norm)
 
-    def refused(error: type, text: str, **bad: Tensor) -> None:
+    def refused(error: type, text: str, **bad: object) -> None:
         given = {k: v.clone() for k, v in good.items()} | bad
         with pytest.raises(error, match=text):
             getattr(norm, method)(given)
@@ -273,6 +273,13 @@ def test_refusals_change_nothing(method):
     refused(ModelMismatchError, "'unused' reaches no output", unused=torch.zeros(3, 3))
     refused(NonFiniteError, "'shift' holds NaN", shift=torch.full((16,), math.nan))
     refused(NonFiniteError, "'shift' holds NaN", shift=torch.full((16,), math.inf))
+    refused(ModnormError, r"'unused' is None(.|\n)*if p.grad is not None", unused=model.unused.grad)
+    refused(ModnormError, "'shift' is None", shift=None)
+    refused(ModnormError, "'shift' is no tensor but a list", shift=[0.0] * 16)
+    refused(ModnormError, r"'shift' is of type torch.int64(.|\n)*update.float\(\)", shift=torch.ones(16).long())
+    refused(ModnormError, r"'shift' is sparse(.|\n)*to_dense", shift=torch.ones(16).to_sparse())
+    with pytest.raises(ModnormError, match="mapping from parameter names to tensors; this is a generator"):
+        getattr(norm, method)(model.named_parameters())
 
 
 @both
