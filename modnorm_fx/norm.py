@@ -210,7 +210,7 @@ class ModularNorm:
 
     def tare(self, path: str, mass: float) -> ModularNorm:
         """A norm in which everything at or below the module or parameter ``path`` has total mass ``mass``; other
-        masses stay.
+        masses stay. A tied weight lies at every one of its names.
 
         Raises:
             MassError: no leaf lies at ``path``, its mass is zero now and so cannot be scaled, or ``mass`` is not a
@@ -218,11 +218,11 @@ class ModularNorm:
         """
         if not (isinstance(mass, int | float) and 0 <= mass < math.inf):
             raise MassError(f"The mass of {path!r} is {mass!r}.", why="a mass is a finite number, zero or more")
-        path = self.aliases.get(path, path)
+        everything = path == ""
+        below = {self.aliases.get(n, n) for n in (*self.shapes, *self.aliases) if f"{n}.".startswith(f"{path}.")}
 
         def hit(key: str) -> bool:
-            weight = self.slices[key][0]
-            return key == path or weight == path or weight.startswith(path + ".") or path == ""
+            return everything or key == path or self.slices[key][0] in below
 
         now = math.fsum(node.mass for node in T.leaves(self.tree) if hit(node.key))
         if not any(hit(key) for key in self.slices):
@@ -243,7 +243,8 @@ class ModularNorm:
 
     def _paths(self) -> list[str]:
         """Everything that ``tare`` can be given: module paths, parameters, leaves."""
-        names = [weight.split(".") for weight, _ in self.slices.values()]
+        used = [weight for weight, _ in self.slices.values()]
+        names = [name.split(".") for name in [*used, *(a for a, weight in self.aliases.items() if weight in used)]]
         return [*{".".join(parts[:i]): None for parts in names for i in range(1, len(parts) + 1)}, *self.slices]
 
     # --- measuring and scaling updates ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import modnorm_fx as mn
 from modnorm_fx import tree as T
 from modnorm_fx.atoms import Bias, Scalar, Slice, Tied
-from modnorm_fx.errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
+from modnorm_fx.errors import ModelMismatchError, ModnormError, NonFiniteError
 from modnorm_fx.norm import Leaf, ModularNorm
 
 both = pytest.mark.parametrize("convention", CONVENTIONS)
@@ -370,76 +370,6 @@ def test_projection_only_shrinks(convention):
     assert torch.allclose(model.qkv.weight, before["qkv.weight"] / 2, rtol=1e-4)
     for name in ("transposed", "norm.bias", "unused", "shift"):
         assert torch.equal(dict(model.named_parameters())[name], before[name]), name
-
-
-# --- tare -------------------------------------------------------------------------------------------------------------
-
-
-@both
-def test_tare_sets_one_mass_and_leaves_the_others(convention):
-    _, norm = CASES[convention]
-    heavier = norm.tare("qkv", 12.0)
-    for old, new in zip(norm.leaves, heavier.leaves, strict=True):
-        assert (new.mass == old.mass) == (not old.weight.startswith("qkv."))
-        assert new.sensitivity * new.scale == pytest.approx(old.sensitivity * old.scale)
-        share = norm.convention.share(new.mass, heavier.mass)
-        assert new.target == pytest.approx(share / (new.sensitivity * new.scale))
-    assert math.fsum(leaf.mass for leaf in heavier.leaves if leaf.weight.startswith("qkv.")) == pytest.approx(12.0)
-    ratios = {round(n.mass / o.mass, 9) for o, n in zip(norm.leaves, heavier.leaves, strict=True) if "qkv" in o.key}
-    assert len(ratios) == 1  # all in proportion
-
-
-@both
-def test_tare_returns_a_new_norm(convention):
-    _, norm = CASES[convention]
-    before = norm.targets
-    assert norm.tare("qkv", 12.0) is not norm and norm.targets == before
-    again = norm.tare("qkv", 12.0).tare("qkv", math.fsum(leaf.mass for leaf in norm.leaves if "qkv" in leaf.key))
-    assert again.targets == pytest.approx(before)
-    assert norm.tare("", 5.0).targets == pytest.approx(before)  # the whole: nothing changes
-    assert norm.tare("", 5.0).mass == pytest.approx(5.0)
-
-
-@both
-def test_a_path_may_be_a_leaf_a_parameter_a_module_or_another_name(convention):
-    _, norm = CASES[convention]
-    key = next(leaf.key for leaf in norm.leaves if leaf.weight == "qkv.weight")
-    for path, hit in (
-        (key, {key}),
-        ("qkv.weight", {leaf.key for leaf in norm.leaves if leaf.weight == "qkv.weight"}),
-        ("qkv", {leaf.key for leaf in norm.leaves if leaf.weight.startswith("qkv.")}),
-        ("head.weight", {"word.weight"}),
-    ):
-        changed = norm.tare(path, 9.0)
-        moved = {o.key for o, n in zip(norm.leaves, changed.leaves, strict=True) if o.mass != n.mass}
-        assert moved == hit
-        assert math.fsum(leaf.mass for leaf in changed.leaves if leaf.key in hit) == pytest.approx(9.0)
-
-
-@both
-def test_mass_zero_freezes(convention):
-    _, norm = CASES[convention]
-    frozen = norm.tare("qkv", 0.0)
-    given = updates(frozen)
-    assert float(frozen.norm(given)) == math.inf
-    frozen.normalize_(given)
-    assert not given["qkv.weight"].any() and not given["qkv.bias"].any()
-    assert float(frozen.norm(given)) == pytest.approx(1.0, rel=1e-4)
-    with pytest.raises(MassError, match="'qkv' has mass 0"):
-        frozen.tare("qkv", 1.0)
-
-
-def test_tare_refusals():
-    _, norm = CASES["tracked"]
-    with pytest.raises(MassError, match="Nothing in the norm lies at 'qvk'(.|\n)*'qkv"):
-        norm.tare("qvk", 1.0)
-    with pytest.raises(MassError, match="Nothing in the norm lies at 'qk'"):
-        norm.tare("qk", 1.0)  # a prefix of a name is no path
-    for bad in (-1.0, math.nan, math.inf, "1"):
-        with pytest.raises(MassError, match="'qkv'"):
-            norm.tare("qkv", bad)
-    with pytest.raises(MassError, match="All masses would be zero"):
-        norm.tare("", 0.0)
 
 
 # --- binding, copies, printing ----------------------------------------------------------------------------------------
