@@ -7,7 +7,6 @@ whatever it raises, they are as before.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import fused_adamw, step_op
+from . import fused_adamw, optim_state, step_op
 from .base_step import Active, BaseStep, announce, logger
 from .buckets import Placement
 from .codegen import make
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from .norm import ModularNorm
 
 __all__ = ["ModularOptimizer"]
-
-VERSION = 2
-
 
 Backend = Literal["auto", "eager", "compile", "triton", "cudagraph", "cudagraph-triton"]
 
@@ -161,65 +157,42 @@ class ModularOptimizer(Optimizer):
         """Everything that a resumed run needs; plain data that `torch.load(weights_only=True)` reads.
 
         `state` and `param_groups` as in every torch optimizer, `base_param_groups`, and `modnorm` with the norm's
-        digest and the power vectors. As in torch, tensors are not copied.
+        digest and targets, the mode and the power vectors. The groups carry them too, for tools that keep nothing else
+        (torch.distributed.checkpoint). As in torch, tensors are not copied.
         """
-        packed = super().state_dict()
-        base = self.base.state_dict()
-        packed["state"] = base.pop("state")
-        packed["base_param_groups"] = base.pop("param_groups")
-        packed["modnorm"] = {
-            "version": VERSION,
-            "digest": self.norm.digest,
-            "mode": self.mode,
-            "leaves": self._remembered(),
-            "base_lr": list(self._base_step.lr),
-            "base_extra": base,
-        }
-        return packed
+        return optim_state.pack(
+            super().state_dict(),
+            self.base.state_dict(),
+            self.norm,
+            mode=self.mode,
+            leaves=self._remembered(),
+            base_lr=list(self._base_step.lr),
+        )
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict()`, bit for bit.
 
+        All is checked before anything is changed. Targets that differ in their last digits are those of one norm.
+
         Raises:
-            FormatError: it is not a checkpoint of a ModularOptimizer, or of another version.
-            OptimizerError: it was saved with another norm.
+            FormatError: it is not a checkpoint of a ModularOptimizer, is of another version, or is damaged.
+            OptimizerError: it was saved with another norm (also one of other masses or another convention), another
+                `mode` or other parameter groups.
         """
+        if not isinstance(state_dict, dict):
+            raise FormatError(
+                f"A {type(state_dict).__name__} is no optimizer state.", do="pass what state_dict() returned"
+            )
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        saved: Any = state_dict.get("modnorm")
-        if not isinstance(saved, dict) or "base_param_groups" not in state_dict:
-            raise FormatError(
-                "This state dict was not saved by a ModularOptimizer.",
-                why="it has no entry 'modnorm'",
-                do="to start from a plain optimizer's state, load it into the base before wrapping it",
-            )
-        if saved.get("version") != VERSION:
-            raise FormatError(
-                f"This optimizer state has version {saved.get('version')}; this package reads version {VERSION}.",
-                do="load it with the version of modnorm_fx that saved it",
-            )
-        same_leaves = saved["leaves"].keys() <= {leaf.key for leaf in self.norm.leaves}
-        if saved.get("digest") != self.norm.digest or not same_leaves:
-            raise OptimizerError(
-                "This optimizer state was saved with another norm.",
-                why="its leaves differ" if not same_leaves else f"digest {saved.get('digest')}, not {self.norm.digest}",
-                do="load the norm that was saved with the checkpoint (ModularNorm.load), with the same masses",
-            )
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in state_dict["param_groups"]] != sizes:
-            raise OptimizerError(
-                "This optimizer state has other parameter groups.",
-                why=f"this optimizer has groups of {sizes} parameters",
-                do="build the groups (including those added later) as they were when it was saved",
-            )
-        theirs = {"state": state_dict["state"], "param_groups": state_dict["base_param_groups"]}
-        self.base.load_state_dict(theirs | saved.get("base_extra", {}))
-        for group, loaded in zip(self.param_groups, copy.deepcopy(state_dict["param_groups"]), strict=True):
-            group.update({key: value for key, value in loaded.items() if key != "params"})
-        self._saved, self._normalizer, self._graph, self._fused = saved["leaves"], None, None, None
-        self._base_step.lr = list(saved["base_lr"])
+        saved = optim_state.unpack(state_dict, self)
+        optim_state.load_base(self, saved)
+        for group, loaded in zip(self.param_groups, saved.groups, strict=True):
+            group.update(loaded)
+        self._saved, self._normalizer, self._graph, self._fused = saved.leaves, None, None, None
+        self._base_step.lr = saved.base_lr
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -45,7 +45,7 @@ FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pipeline", ("pipeline",)),
     ("report", ("report_rows", "report")),
     ("codegen", ("buckets", "atom_code", "normalizer", "codegen")),
-    ("optimizer", ("fused_adamw", "fused_triton", "base_step", "graph", "step_op", "optim")),
+    ("optimizer", ("fused_adamw", "fused_triton", "base_step", "graph", "step_op", "optim_state", "optim")),
     ("torch.compile backend", ("compile",)),
     ("package", ("__init__",)),
     ("models and data", ("models_zoo",)),
