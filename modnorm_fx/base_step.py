@@ -124,10 +124,12 @@ class BaseStep:
 
     @contextmanager
     def _gradients_for_base(self, groups: Groups, active: Active) -> Iterator[None]:
-        """Without stale gradients of frozen parameters, and with the coupled weight decay that the base cannot add."""
-        frozen = [p for group in groups for p in group["params"] if not p.requires_grad and p.grad is not None]
-        replaced = [(p, p.grad) for p in frozen]
-        for p in frozen:
+        """Without stale gradients of frozen parameters and those of parameters without entries (of which bases take
+        means), and with the coupled weight decay that the base cannot add."""
+        params = [p for group in groups for p in group["params"] if p.grad is not None]
+        resting = [p for p in params if not (p.requires_grad and p.numel())]
+        replaced = [(p, p.grad) for p in resting]
+        for p in resting:
             p.grad = None
         if not self.weight_dependent and isinstance(self.base, WEIGHT_INDEPENDENT):
             for index, _, p in active:

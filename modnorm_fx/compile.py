@@ -103,7 +103,9 @@ def compiled_norm(compiled: nn.Module, **options: Any) -> ModularNorm:
         norm,
         shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
         unused=tuple(
-            name for name, _ in model.named_parameters() if not any(w == name for w, _ in norm.slices.values())
+            name
+            for name, p in model.named_parameters()
+            if p.numel() and not any(w == name for w, _ in norm.slices.values())
         ),
     ).bind(model)
     if norm.unused:

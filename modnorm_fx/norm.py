@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tree as T
+from ._updates import check_measurable
 from .atoms import Atom, Slice, Tied
 from .conventions import Convention
 from .errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
@@ -158,6 +159,11 @@ class ModularNorm:
     def sensitivity(self) -> float:
         """Sensitivity of the whole network's output to its input."""
         return self.tree.sensitivity(self.convention)
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Parameters without entries (of ``nn.Linear(0, n)``, say): they have no leaf and need none."""
+        return tuple(name for name, shape in self.shapes.items() if not math.prod(shape))
 
     @cached_property
     def digest(self) -> str:
@@ -366,7 +372,7 @@ class ModularNorm:
                 raise ModelMismatchError(
                     f"The norm knows no parameter {given!r}.", do=f"Did you mean {_near(given, self.shapes)!r}?"
                 )
-            _check_measurable(given, tensor)
+            check_measurable(given, tensor)
             if name in out:
                 if tensor.is_set_to(out[name]):  # one update under two names, as in state_dict()
                     continue
@@ -380,6 +386,8 @@ class ModularNorm:
                     f"The update of {given!r} has shape {list(tensor.shape)}.",
                     why=f"the parameter had shape {list(self.shapes[name])} when the model was converted",
                 )
+            if not tensor.numel():
+                continue
             if name not in self._by_weight:
                 raise ModelMismatchError(
                     f"{given!r} reaches no output of the model, so it has no norm.", do="Leave it out of the update."
@@ -439,30 +447,6 @@ class ModularNorm:
         from .report import html
 
         Path(path).write_text(html(self), encoding="utf-8")
-
-
-def _check_measurable(name: str, update: object) -> None:
-    """Raises ModnormError for what has no norm: None, numbers, integers, sparse tensors."""
-    if update is None:
-        raise ModnormError(
-            f"The update of {name!r} is None.",
-            why="a parameter that took no part in the loss has no gradient",
-            do="Leave it out: {name: p.grad for name, p in model.named_parameters() if p.grad is not None}.",
-        )
-    if not isinstance(update, Tensor):
-        raise ModnormError(f"The update of {name!r} is no tensor but a {type(update).__name__}.", do="Pass a tensor.")
-    if update.layout is not torch.strided:
-        raise ModnormError(
-            f"The update of {name!r} is sparse ({update.layout}).",
-            why="its norm is taken over the whole weight",
-            do="Pass update.to_dense(), or build the embedding with sparse=False.",
-        )
-    if not (update.is_floating_point() or update.is_complex()):
-        raise ModnormError(
-            f"The update of {name!r} is of type {update.dtype}.",
-            why="whole numbers cannot be scaled to a norm",
-            do="Pass update.float().",
-        )
 
 
 def _near(name: str, known: Iterable[str]) -> str:

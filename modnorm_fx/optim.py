@@ -378,13 +378,14 @@ class ModularOptimizer(Optimizer):
         return active
 
     def _all(self) -> Active:
-        """Every parameter that the optimizer holds, after a check that the norm knows it with its shape."""
+        """Every parameter that the optimizer holds, but for those without entries, after a check that the norm knows it
+        with its shape."""
         params = [p for group in self.param_groups for p in group["params"]]
         seen = [len(group["params"]) for group in self.param_groups], [*map(id, params)], [p.shape for p in params]
         if seen != self._seen:  # quick, as every step needs; ids are safe, since `_listed` keeps what they name alive
             places = [(index, p) for index, group in enumerate(self.param_groups) for p in group["params"]]
             self._check_known(places)
-            self._listed = [(index, self._names[p], p) for index, p in places]
+            self._listed = [(index, self._names[p], p) for index, p in places if p.numel()]
             self._seen = seen
         return self._listed
 

@@ -182,7 +182,9 @@ def convert(
         for w in weights
         if not any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses)))
     }
-    weights = tuple(w for w in weights if any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses))))
+    weights = tuple(
+        w for w in weights if all(w.shape) and any(sensitivities.gains[w.key, i] > 0 for i in range(len(w.uses)))
+    )
     places = run("find_stacks", find_stacks, module.graph, weights, captured.modules)
     named = {k: v for k, v in (masses or {}).items() if k in TOTALS or k in SHARES}
     shares = run("assign_mass", assign_mass, weights, places, named, chosen.quadrature)
@@ -196,7 +198,7 @@ def convert(
         shapes=dict(captured.shapes),
         slices={w.key: (w.parameter, w.slices) for w in weights},
         aliases=dict(captured.aliases),
-        unused=tuple(name for name in captured.shapes if name not in used),
+        unused=tuple(name for name, shape in captured.shapes.items() if name not in used and all(shape)),
         stages=stages,
         conversion=explain.conversion(captured, scales, seconds),
     ).bind(model)

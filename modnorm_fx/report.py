@@ -69,6 +69,7 @@ def _footer(norm: ModularNorm, shown: str) -> list[str]:
         also[name].append(alias)
     lines = [f"tied: {name} is also {_listed(pattern(aliases))}" for name, aliases in also.items()]
     lines += [f"unused, so without a norm: {_listed(pattern(norm.unused))}"] if norm.unused else []
+    lines += [f"empty, so without a norm: {_listed(pattern(norm.empty))}"] if norm.empty else []
     quadrature = norm.convention.quadrature
     share = "√(mass / total mass)" if quadrature else "mass / total mass"
     how = " (in quadrature for uses of one kind)" if quadrature else ""

@@ -16,7 +16,7 @@ FOLDERS = {"modnorm_fx": "modnorm_fx", "passes": "modnorm_fx.passes", "models_zo
 # The flow, first to last. A file imports from rows above its own; files of one row may import each other (Python itself
 # refuses circles at import time). A new file needs a place here.
 FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ground", ("errors", "_torchvision", "_copies", "_failures", "_outputs")),
+    ("ground", ("errors", "_torchvision", "_copies", "_failures", "_outputs", "_updates")),
     ("kernels", ("kernels",)),
     ("tensor arithmetic", ("spectral_norm", "runtime", "orthogonal")),
     ("atoms", ("slices", "atom_base", "matrix_atoms", "weight_atoms", "atoms")),
