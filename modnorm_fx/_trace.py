@@ -92,8 +92,22 @@ class _Literal:
     value: Any
 
 
+class _Called(nn.Module):
+    """A GraphModule as any other module, with its parameters, parts and hooks: `torch.export` runs the graph of one
+    itself, without the hooks."""
+
+    def __init__(self, whole: fx.GraphModule) -> None:
+        super().__init__()
+        self.__dict__ |= {**vars(whole), "forward": whole.forward, "whole": whole}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["whole"], name)
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
     copy, mode = fake_copy(model, training=training)
+    if isinstance(copy, fx.GraphModule):
+        copy = _Called(copy)
     copy.register_forward_hook(returned := Flatten())
     program = torch.export.export(copy, *fake_inputs((args, kwargs), mode), strict=False)
     exported, signature = program.graph_module, program.graph_signature
