@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .buckets import Line
     from .norm import Leaf, ModularNorm
 
-__all__ = ["load", "make", "source"]
+__all__ = ["load", "make", "source", "usable"]
 
 MODES = ("normalize", "dualize")
 
@@ -84,6 +84,22 @@ def source(norm: ModularNorm, updates: Mapping[str, Placement] | None = None, mo
     counts = f"{weights} weights in {len(found)} buckets, {len(lines)} lines"
     parts = [HEAD.format(counts=counts, mode=mode), *_tables(norm, found, lines), body.text(len(found))]
     return "\n".join(parts)
+
+
+def usable(device: torch.device | str, dtype: torch.dtype) -> Placement:
+    """Where and in what type updates are. Raises OptimizerError for a device that is not there, or whole numbers."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except Exception as error:
+        raise OptimizerError(
+            f"device={device!r} cannot be used here.",
+            why=str(error).split("\n")[0],
+            do="Pass 'cpu', or another device.",
+        ) from error
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
+        raise OptimizerError(f"Updates cannot be of dtype={dtype!r}.", do="Pass a floating type, as torch.float32.")
+    return dtype, place
 
 
 def make(

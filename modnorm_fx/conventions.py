@@ -115,7 +115,7 @@ def convention(name: str | Convention) -> Convention:
     """Looks a convention up by name. Raises ModnormError for a name that does not exist."""
     if isinstance(name, Convention):
         return name
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ModnormError(
             f"There is no convention {name!r}.",
             do=f"Pass one of {', '.join(map(repr, _BY_NAME))}: 'tracked' for existing models, 'paper' for nets written "

@@ -301,11 +301,11 @@ class ModularNorm:
             device, dtype: where and in what type updates are stacked.
             mode: "normalize" or "dualize". backend: as in ``ModularOptimizer``.
 
-        Raises OptimizerError for another mode or backend.
+        Raises OptimizerError for another mode or backend, and for a device or type that cannot hold updates here.
         """
-        from .codegen import make
+        from .codegen import make, usable
 
-        placement = dtype, torch.device(device)
+        placement = usable(device, dtype)
         return make(self, {name: placement for name in self._by_weight}, mode, backend)
 
     @torch.no_grad()
@@ -452,7 +452,7 @@ class ModularNorm:
 def _near(name: str, known: Iterable[str]) -> str:
     import difflib
 
-    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)), "")
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)), "")
 
 
 def _differences(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], most: int = 5) -> str:

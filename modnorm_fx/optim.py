@@ -91,6 +91,11 @@ class ModularOptimizer(Optimizer):
                 f"The base of a ModularOptimizer must be another torch.optim.Optimizer, not {type(base).__name__}.",
                 do="pass, for example, torch.optim.AdamW(model.parameters())",
             )
+        if not callable(getattr(norm, "parameter_name", None)):
+            raise OptimizerError(
+                f"The norm of a ModularOptimizer must be a ModularNorm, not {type(norm).__name__}.",
+                do="pass what modnorm_fx.convert(model) returned, for the model whose parameters the base holds",
+            )
         _check_choice("mode", mode, ("normalize", "dualize"))
         _check_choice("backend", backend, BACKENDS)
         _check_choice("nonfinite", nonfinite, ("raise", "skip", "unchecked"))
@@ -138,10 +143,15 @@ class ModularOptimizer(Optimizer):
         """Add a group to the base and to the wrapper; `lr` and `weight_decay` in it are the wrapper's.
 
         Raises:
-            OptimizerError: the norm does not know one of the parameters.
+            OptimizerError: the norm does not know one of the parameters, or `lr` or `weight_decay` is no number.
         """
         index = len(self.param_groups)
         if index == len(self.base.param_groups):
+            if not isinstance(param_group, dict) or "params" not in param_group:
+                raise OptimizerError("A parameter group is a dict with the entry 'params'.", why=f"got {param_group!r}")
+            for name in ("lr", "weight_decay"):
+                if name in param_group:
+                    _check_number(name, param_group[name])
             params = param_group["params"]
             listed = [params] if isinstance(params, Tensor) else list(params)
             self._check_known([(index, p[1] if isinstance(p, tuple) else p) for p in listed])
@@ -465,8 +475,14 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not 0.0 <= float(value) < math.inf:
-        raise OptimizerError(f"{name}={value} must be finite and not negative.")
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise OptimizerError(
+            f"{name}={value!r} must be a number, finite and not negative.", do=f"pass, for example, {name}=0.1"
+        )
 
 
 def _without_names(group: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -101,6 +101,14 @@ def convert(
         raise ModnormError(f"A norm is that of an nn.Module; this is {model!r}.", do="Pass the model itself.")
     if masses is not None and not isinstance(masses, Mapping):
         raise MassError(f"masses={masses!r} is not a mapping.", do='Pass names and numbers, as {"stacks": 2.0}.')
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ModnormError(f"kwargs={kwargs!r} is not a mapping.", do='Pass names and values, as {"labels": labels}.')
+    if outputs is not None and not (isinstance(outputs, Collection) and all(isinstance(name, str) for name in outputs)):
+        raise ModnormError(
+            f"outputs={outputs!r} names no outputs.", do='Pass a name or several, as "logits", or "[0]" of a tuple.'
+        )
+    if not isinstance(rules, RuleTable):
+        raise ModnormError(f"rules={rules!r} is no table of rules.", do="Leave it out, or pass ATEN.extended().")
     chosen = convention_of(convention)
     if unknown not in ("sample", "error"):
         raise ModnormError(f"unknown={unknown!r} is not a choice.", do="Pass 'sample' or 'error'.")

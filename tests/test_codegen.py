@@ -323,6 +323,16 @@ def test_an_unknown_mode_or_backend_is_refused() -> None:
         NORM.normalizer(backend="sideways")
 
 
+def test_a_device_or_type_that_cannot_hold_updates_is_refused() -> None:
+    missing = [d for d in ("cuda", "xpu") if not getattr(torch, d).is_available()]
+    for device in (*missing, "sideways", None, 3.5):
+        with pytest.raises(OptimizerError, match=f"device={device!r} cannot be used here"):
+            NORM.normalizer(device)
+    for dtype in (torch.int64, torch.bool, None, "float32"):
+        with pytest.raises(OptimizerError, match=f"cannot be of dtype={dtype!r}"):
+            NORM.normalizer(dtype=dtype)
+
+
 def test_the_file_runs_on_its_own(tmp_path: Path) -> None:
     (tmp_path / "generated.py").write_text(codegen.source(NORM), encoding="utf-8")
     given = updates(NORM)

@@ -135,7 +135,14 @@ def test_unknown_parameters_are_counted_with_shape_and_group():
 
 @pytest.mark.parametrize(
     "options",
-    [{"mode": "dual"}, {"backend": "cuda"}, {"nonfinite": "ignore"}, {"lr": -1.0}, {"weight_decay": math.nan}],
+    [
+        {"mode": "dual"},
+        {"backend": "cuda"},
+        {"nonfinite": "ignore"},
+        *({"lr": bad} for bad in (-1.0, None, "x", "0.1", torch.ones(2), [0.1])),
+        *({"weight_decay": bad} for bad in (math.nan, None)),
+    ],
+    ids=str,
 )
 def test_bad_arguments_are_refused(options):
     model = Net()
@@ -150,6 +157,24 @@ def test_bad_bases_are_refused():
             ModularOptimizer(base, opt.norm)
     with pytest.raises(OptimizerError, match="differentiable"):
         ModularOptimizer(torch.optim.Adam(model.parameters(), differentiable=True), opt.norm)
+
+
+@pytest.mark.parametrize("norm", [None, Net(), torch.optim.SGD])
+def test_what_is_no_norm_is_refused(norm):
+    with pytest.raises(OptimizerError, match=r"must be a ModularNorm, not \w+(.|\n)*modnorm_fx.convert\(model\)"):
+        ModularOptimizer(torch.optim.SGD(Net().parameters(), lr=0.1), norm)
+
+
+@pytest.mark.parametrize("group", [{}, None, {"lr": 0.1}, {"lr": -1.0}, {"lr": None}, {"weight_decay": "x"}], ids=str)
+def test_bad_groups_are_refused_and_change_nothing(group):
+    model = Net()
+    opt = ModularOptimizer(torch.optim.SGD([model.gain], lr=0.1), norm_of(model), lr=0.1)
+    if group and group != {"lr": 0.1}:
+        group = group | {"params": [model.down.weight]}
+    with pytest.raises(OptimizerError):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == len(opt.base.param_groups) == 1
+    train(model, opt, 1)
 
 
 def test_sharded_parameters_are_refused(tmp_path):
