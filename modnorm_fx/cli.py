@@ -196,6 +196,8 @@ def _recipes(given: str) -> list[str]:
     names = [name for name in given.split(",") if name]
     if unknown := [name for name in names if name not in RECIPES]:
         raise argparse.ArgumentTypeError(f"there is no optimizer {unknown[0]!r}; use {', '.join(RECIPES)}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"no optimizer is named; use {', '.join(RECIPES)}")
     return names
 
 

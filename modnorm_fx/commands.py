@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import re
 import shlex
 import sys
@@ -84,8 +85,35 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     print(f"wrote {path}", file=sys.stderr)
 
 
+def _check_file(path: Path | None) -> None:
+    """Raises ModnormError for a file that could not be written: before the work, not after it."""
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir():
+        why = "it is a folder"
+    elif not folder.is_dir():
+        why = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        why = "permission denied"
+    else:
+        return
+    raise ModnormError(f"Cannot write {path}.", why=why, do="Make the folder first, or give another file.")
+
+
+def _check_folder(path: Path) -> None:
+    """Raises ModnormError for a folder that is none and could not be made."""
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if nearest.is_dir() and os.access(nearest, os.W_OK):
+        return
+    why = "permission denied" if nearest.is_dir() else f"{nearest} is a file"
+    raise ModnormError(f"Cannot write into {path}.", why=why, do="Give another folder with --out.")
+
+
 def inspect(args: argparse.Namespace) -> int:
     """Prints the norm tree, and writes it where asked."""
+    _check_file(args.json)
+    _check_file(args.html)
     norm = _norm_without_weights(args)
     for path, write in ((args.json, norm.save), (args.html, norm.to_html)):
         if path is not None:
@@ -118,6 +146,7 @@ def explain(args: argparse.Namespace) -> int:
 
 def emit(args: argparse.Namespace) -> int:
     """Writes the source of the model's normaliser."""
+    _check_file(args.out)
     dtype = getattr(torch, args.dtype)
     try:
         device = torch.device(args.device)
@@ -159,6 +188,7 @@ class Result:
 
 def train(args: argparse.Namespace) -> int:
     """Trains a model in its modular norm, and with the base alone if asked; prints a table."""
+    codegen.usable(args.device, torch.float32)
     with _working(f"building {args.spec}"):
         task = task_for(args.spec, _sizes(args), data=args.data, batch=args.batch, context=args.context)
         torch.manual_seed(args.seed)
@@ -231,6 +261,7 @@ def cover(args: argparse.Namespace) -> int:
         raise ModnormError(f"--select {args.select!r} is not a regular expression.", why=str(error)) from error
     if not specs:
         raise ModnormError(f"No family matches --select {args.select!r}.", do="Leave --select out to see all.")
+    _check_folder(args.out.absolute().parent)
     work: Path = args.out.with_suffix(".work.jsonl")
     with tqdm(total=len(specs), unit="family", disable=not sys.stderr.isatty()) as bar:
 
@@ -262,6 +293,7 @@ def sweep(args: argparse.Namespace) -> int:
     """Runs a sweep over learning rates and sizes, or what is missing of it, and writes its report."""
     from tqdm import tqdm
 
+    _check_folder(args.out)
     lrs = {name: rates for names, rates in args.lrs for name in (names or args.optimizers)}
     plan = transfer.Plan(
         args.spec, tuple(args.widths), tuple(args.depths), tuple(args.optimizers), lrs, args.steps, args.batch,
@@ -301,6 +333,7 @@ def check_coordinates(args: argparse.Namespace) -> int:
     """Measures outputs of modules and effects of leaves at several sizes, and prints tables of them."""
     from rich.console import Console
 
+    _check_file(args.json)
     recipe = RECIPES[args.optimizer]
     lr = recipe.lrs[len(recipe.lrs) // 2] if args.lr is None else args.lr
     plan = transfer.Plan(
@@ -312,7 +345,8 @@ def check_coordinates(args: argparse.Namespace) -> int:
         coordinates, predictions = coordcheck.measure(plan, lr, lambda size: status.update(f"{args.spec}, {size}"))
     if args.json is not None:
         found = {"coordinates": [*map(asdict, coordinates)], "predictions": [*map(asdict, predictions)]}
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=1) + "\n"
+        _write(args.json, lambda path: path.write_text(text, encoding="utf-8"))
     print(f"{args.spec}: {recipe.title}, lr {lr:g}")
     tables = coordcheck_report.coordinate_tables(coordinates)
     console = Console(width=None if sys.stdout.isatty() else WIDE)

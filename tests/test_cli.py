@@ -184,6 +184,53 @@ def test_a_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_p
     assert err.startswith(f"modnorm-fx: error: Cannot write {tmp_path / 'no' / 'file'}.")
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["coordcheck", "zoo:gpt", "--json", "nowhere/file.json"],
+        ["coordcheck", "zoo:gpt", "--json", "."],
+        ["coordcheck", "zoo:gpt", "--json", "taken/file.json"],
+        ["inspect", *TINY_GPT, "--json", "nowhere/file.json"],
+        ["inspect", *TINY_GPT, "--html", "."],
+        ["emit", *TINY_GPT, "--out", "nowhere/file.py"],
+        ["transfer", "zoo:gpt", "--out", "taken"],
+        ["transfer", "zoo:gpt", "--out", "taken/deeper"],
+        ["coverage", "--out", "taken/coverage.json"],
+    ],
+    ids=" ".join,
+)
+def test_places_that_cannot_be_written_are_found_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argv: list[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("the work has begun")
+
+    (tmp_path / "taken").write_text("something of the user's")
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((commands, "build"), (commands.coordcheck, "measure"), (commands.coverage, "cover")):
+        monkeypatch.setattr(module, name, work)
+    monkeypatch.setattr(commands.transfer, "sweep", work)
+    code, out, err = run(capsys, *argv)
+    assert code == 1 and out == ""
+    assert "Cannot write" in err and argv[-1].split("/")[0] in err and "defect" not in err
+    assert (tmp_path / "taken").read_text() == "something of the user's"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_file_in_a_folder_that_is_there_is_written_anew(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "norm.json").write_text("old")
+    code, _, _ = run(capsys, "inspect", *TINY_GPT, "--json", tmp_path / "norm.json")
+    assert code == 0
+    assert ModularNorm.load(tmp_path / "norm.json").targets
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
+def test_a_device_that_is_not_there_is_no_matter_of_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "train", *TINY_GPT, "--device", "cuda", "--steps", 1)
+    assert code == 1
+    assert "device='cuda' cannot be used here" in err and "sizes" not in err and "defect" not in err
+
+
 def test_a_mass_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "inspect", "zoo:resmlp", "--width", 16, "--mass", "finale=2")
     assert code == 1
@@ -206,6 +253,8 @@ def test_a_mass_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         ["explain", "zoo:gpt", "--stage", "everything"],
         ["train", "zoo:gpt", "--optimizer", "magic"],
         ["train", "zoo:gpt", "--lr", "inf"],
+        ["transfer", "zoo:gpt", "--optimizers", ""],
+        ["transfer", "zoo:gpt", "--optimizers", ","],
     ],
 )
 def test_wrong_usage_has_its_own_exit_code(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
