@@ -78,7 +78,8 @@ def compiled_norm(compiled: nn.Module, **options: Any) -> ModularNorm:
     """The modular norm of a model that was compiled with this backend and has run at least once.
 
     Args:
-        compiled: what ``torch.compile`` returned (or the model, after ``model.compile(backend="modnorm_fx")``).
+        compiled: what ``torch.compile`` returned (or the model, after ``model.compile(backend="modnorm_fx")``; of
+            torch's own classes, as ``nn.Sequential``, that compiles nothing).
         **options: of ``convert``: ``convention``, ``unknown``, ``masses``, ``rules``.
 
     Returns:
@@ -91,6 +92,13 @@ def compiled_norm(compiled: nn.Module, **options: Any) -> ModularNorm:
     pieces: dict[Any, _Piece] = {}
     for parameter in model.parameters():
         pieces |= _PIECES.get(parameter, {})
+    if not pieces and getattr(model, "_compiled_call_impl", None) is not None and _is_torchs(model):
+        raise ModnormError(
+            f"No graph of {type(model).__name__} was captured: compiled in place, it still runs as it is.",
+            why=f"dynamo skips functions of torch's own modules, and the forward of {type(model).__name__} is one",
+            do="Call compiled = torch.compile(model, backend='modnorm_fx') instead, or model.compile() on a module of "
+            "your own that holds it.",
+        )
     if not pieces:
         raise ModnormError(
             f"No graph of {type(model).__name__} was captured.",
@@ -115,6 +123,11 @@ def compiled_norm(compiled: nn.Module, **options: Any) -> ModularNorm:
             stacklevel=2,
         )
     return norm
+
+
+def _is_torchs(model: nn.Module) -> bool:
+    """Whether the model runs torch's own code (``nn.Sequential``), of which ``model.compile()`` compiles nothing."""
+    return getattr(type(model).forward, "__module__", "").startswith("torch.nn.")
 
 
 def _note(graph: fx.GraphModule, inputs: Sequence[Any]) -> None:

@@ -128,6 +128,22 @@ def test_a_model_that_has_not_run_is_refused() -> None:
     assert "Call the model compiled with backend='modnorm_fx' once" in str(error.value)
 
 
+def test_torchs_own_modules_are_not_compiled_in_place_by_torch_which_is_said() -> None:
+    """Torch's doing, whatever the backend: none of its graphs arrives. What the text advises works."""
+    model, x, seen = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)), torch.randn(5, 4), []
+    model.compile(backend=lambda graph, inputs: seen.append(graph) or graph)
+    model(x)
+    assert not seen
+    model.compile(backend="modnorm_fx", options=EAGER)
+    model(x)
+    with pytest.raises(ModnormError, match=r"No graph of Sequential was captured: compiled in place") as error:
+        compiled_norm(model)
+    assert "compiled = torch.compile(model, backend='modnorm_fx')" in str(error.value)
+    compiled = torch.compile(model, backend="modnorm_fx", options=EAGER)
+    compiled(x)
+    assert targets(compiled_norm(compiled)) == pytest.approx(targets(mn.convert(copy.deepcopy(model), (x,))))
+
+
 def test_options_of_inductor_are_refused_for_other_backends() -> None:
     compiled = torch.compile(Net(), backend="modnorm_fx", options={"then": "eager", "max_autotune": True})
     with pytest.raises(Exception, match="options and mode are inductor's"):
