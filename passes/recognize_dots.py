@@ -35,7 +35,9 @@ def recognize_dots(module: fx.GraphModule, flow: Flow, *, rules: RuleTable) -> i
         axes: Any = (*node.args, None)[1]
         summed = {int(a) % rank for a in axes or range(rank)}
         factors: Any = product.args
-        weights = [n for n in factors if isinstance(n, fx.Node) and flow.weight(n) and _seen(n, rules)]
+        if not all(isinstance(n, fx.Node) for n in factors):  # a weight times a number
+            continue
+        weights = [n for n in factors if flow.weight(n) and _seen(n, rules)]
         if any(_full(n, product, summed) for n in weights) and factors[0] is not factors[1]:
             _rewrite(module, node, product, summed, both=len(weights) == 2)
             count += 1

@@ -25,6 +25,8 @@ LEAVES = {
     "used elsewhere": lambda m, x: (p := x * m.w).sum(-1, keepdim=True) + p,
     "positions": lambda m, x: (x * m.w).sum(0),
     "no product": lambda m, x: (x + m.w).sum(-1),
+    "a number": lambda m, x: x + (m.w * 2).sum(),
+    "a number first": lambda m, x: x + (0.5 * m.w).sum(0),
     "through a function": lambda m, x: (x * m.w.exp()).sum(-1),
 }
 
