@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import fx
 
 from modnorm_fx import weight_atoms
@@ -157,7 +158,14 @@ class _Operands:
                     norm = scale * self.convention.declared(use.atom)
                 self.facts.initial[use.key, use.index] = use.stored(norm)
                 scales[n] = scale if tracks else 1.0
+        if tracks and not _is_empty(node):  # sums over no entries, as of nn.Linear(0, n), are 0
+            scales |= {n: 0.0 for n in scales if _is_empty(n)}
         return scales
+
+
+def _is_empty(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.numel() == 0
 
 
 def propagate_scales(
