@@ -200,6 +200,7 @@ def scatter_sum(call: Call) -> Local:
     aten.slice_scatter.default,
     aten.select_scatter.default,
     aten.diagonal_scatter.default,
+    aten.as_strided_scatter.default,
     aten.scatter.src,
     aten.index_copy.default,
     status="declared",

@@ -2,7 +2,8 @@
 ``forward`` makes of numbers).
 
 Buffers and inputs are not read, so that a model on the meta device gives the same norm as one with weights. Entries
-that act as masks (-inf, or the most negative float) are left out: they select, they do not shift.
+that act as masks (-inf, or the most negative float; where a constant is added, large ones of either sign) are left
+out: they select, they do not shift.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from modnorm_fx.capture import Input
 
 from .canonicalize import aten
 from .flow import ARITHMETIC, SHAPE_ONLY, Flow, is_float
+from .masks import MASK, only_chooses
 
 #: beyond this many entries a constant is not evaluated
 LARGEST = 10_000_000
@@ -34,8 +36,6 @@ UNSET = frozenset(
 )
 #: how names that capture gives tensors made of numbers begin
 MADE = "lifted_tensor"
-#: entries below this are masks
-MASK = -1e4
 
 
 def made_of_numbers(inputs: Iterable[Input], constants: Mapping[str, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
@@ -65,7 +65,7 @@ def measure_constants(
         value = _evaluate(node, values)
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_complex():
             value = value.double()
-            kept = value[value > MASK]
+            kept = value[value.abs() < -MASK if only_chooses(module, node, flow) else value > MASK]
             out[node] = float(kept.square().mean().sqrt()) if kept.numel() else 0.0
     return out
 

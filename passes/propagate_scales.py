@@ -32,6 +32,7 @@ from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, o
 from .bind_weights import IDENTITY, Affine
 from .canonicalize import CASTS, aten, number
 from .flow import Flow, is_float
+from .masks import masks
 from .measure_constants import measure_constants
 from .sample import SamplingError, sample
 from .type_atoms import Weight
@@ -130,22 +131,26 @@ class _Use:
 
 @dataclass(frozen=True)
 class _Operands:
-    """What is known of operands while the sweep goes on; ``facts`` grow with it."""
+    """What is known of operands while the sweep goes on; ``facts`` and ``learned``, the nodes that a parameter moves,
+    grow with it."""
 
     facts: Scales
     flow: Flow
     uses: Mapping[tuple[fx.Node, Operand], _Use]
     constants: Mapping[fx.Node, float]
     convention: Convention
+    learned: set[fx.Node] = field(default_factory=set)
 
     def scales(
         self, node: fx.Node, found: Sequence[tuple[Operand, fx.Node]], measured: Mapping[str, float]
     ) -> dict[fx.Node, float]:
-        """Scale of each operand of ``node``, masks of integers included; the declared norms of its weights are
-        recorded, those of a computed matrix as they were ``measured``."""
+        """Scale of each operand of ``node``, masks of integers included (a mask that is added counts as nothing); the
+        declared norms of its weights are recorded, those of a computed matrix as they were ``measured``."""
         tracks = self.convention.tracks_scales
         scales: dict[fx.Node, float] = {n: self.facts.scale[n] for _, n in found if n in self.facts.scale}
-        others = [scales[n] for _, n in found if n in scales]
+        masked = masks(node, found, scales, self.learned)
+        others = [scales[n] for _, n in found if n in scales and n not in masked]
+        scales |= dict.fromkeys(masked, 0.0)
         for op, n in found:
             if self.flow.exogenous(n):
                 scales[n] = self.constants.get(n, _unmeasured(node)) if tracks else 1.0
@@ -201,6 +206,7 @@ def propagate_scales(
     known = _Operands(
         facts, flow, uses, measure_constants(module, flow) if constants is None else constants, convention
     )
+    known.learned.update(n for n in module.graph.nodes if flow.weight(n))
     averages: set[fx.Node] = set()
     running: set[fx.Node] = set()
     failures: list[str] = []
@@ -240,6 +246,8 @@ def propagate_scales(
         if status == "sampled" and key in rules:
             for op in _computed_matrices(rules[key], call, names):
                 facts.status[_maker(_operand(args, op), rules)] = status
+        if any(n in known.learned and facts.local[node][op] for op, n in wanted):
+            known.learned.add(node)
         if key in SOFTMAX or _keeps_averages(key, call, [n for _, n in wanted if flow.signal(n)], rules):
             averages.add(node)
         if node in signs and _is_running(key, [n for _, n in wanted if flow.signal(n)], running, rules):

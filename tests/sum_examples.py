@@ -99,6 +99,9 @@ SUMS: dict[object, list[Example]] = {
     ],
     aten.select_scatter.default: [Example((T((6, 8), 0.7, "sign"), T((8,), 1.3, "sign"), 0, 3), check="written")],
     aten.diagonal_scatter.default: [Example((T((6, 6), 0.7, "sign"), T((6,), 1.3, "sign")), check="written")],
+    aten.as_strided_scatter.default: [
+        Example((T((6, 6), 0.7, "sign"), T((6,), 1.3, "sign"), [6], [7], 0), check="written")
+    ],
     aten.scatter.src: [Example((T((6, 8), 0.7, "sign"), 1, PLACES[:, :2], T((6, 2), 1.3, "sign")), check="exact")],
     aten.index_copy.default: [
         Example((T((6, 8), 0.7, "sign"), 1, torch.tensor([0, 3]), T((6, 2), 1.3, "sign")), check="exact")
