@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from . import explain
@@ -118,7 +119,8 @@ def convert(
     def run(name: str, function: Callable[..., Result], *inputs: Any, **options: Any) -> Result:
         start = time.perf_counter()
         try:
-            return function(*inputs, **options)
+            with torch.inference_mode(False):  # slopes are derivatives, which there are none of in inference mode
+                return function(*inputs, **options)
         except ModnormError as error:
             error.add_note(f"(while converting {type(model).__name__}, in {name})")
             raise

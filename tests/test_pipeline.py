@@ -377,6 +377,25 @@ def test_an_unknown_op_is_refused_by_name_module_and_line():
     assert any("propagate_scales" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_makes_no_difference(made_inside: bool):
+    """Slopes of functions, of sampled operations and of computed matrices are derivatives."""
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return torch.hypot(super().forward(x), wave(super().forward(x)))
+
+    def made():
+        return Net(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.GELU(), nn.Linear(8, 4))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, x = made(), torch.zeros(2, 6)
+        with torch.inference_mode():
+            inside = mn.convert(*((made(), (torch.zeros(2, 6),)) if made_inside else (model, (x,))))
+        assert inside.targets == mn.convert(model, (x,)).targets and not inside.unused
+
+
 def test_an_unknown_op_is_sampled_and_marked():
     norm = mn.convert(Wave(), (X,), unknown="sample")
     value, slope = math.sqrt(4.5 * (1 - math.exp(-2))), math.sqrt(4.5 * (1 + math.exp(-2)))
