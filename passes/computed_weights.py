@@ -1,10 +1,11 @@
 """Pass (rewrite): a matrix that is computed from parameters before it meets data becomes one call.
 
 Weight normalisation, spectral normalisation, standardised convolutions, ``w / √fan_in``, masks, ``W + s·B @ A``: the
-matrix that a layer applies is not the one stored. The piece between the parameters and the layer is cut out as a region
-``computed_weight``, whose scale is the norm of the matrix in units of the layer's atom (``measure_matrix``). What each
-parameter is follows from how its entries arrive: entry by entry (the *carrier*, which gets the atom of the layer), row
-by row (a gain), or as a factor of a product (a layer of its own).
+matrix that a layer applies is not the one stored. Nor is it where ``expand`` puts an entry at several places (one
+filter for all channels). The piece between the parameters and the layer is cut out as a region ``computed_weight``,
+whose scale is the norm of the matrix in units of the layer's atom (``measure_matrix``). What each parameter is
+follows from how its entries arrive: entry by entry (the *carrier*, which gets the atom of the layer), row by row (a
+gain), or as a factor of a product (a layer of its own).
 
 Runs first: a weight that is standardised is not a norm layer. Assumes a functional graph. Promises the same outputs; a
 matrix that depends on data, and one that no parameter carries, is left as it is.
@@ -64,6 +65,15 @@ class _Layer:
         """The atom of a weight that arrives at this layer as ``site.view`` says."""
         return self.role(replace(site, node=self.node, args=self.args))
 
+    def shared(self, site: Site) -> Atom:
+        """The atom of a weight whose entries go to several places each: that of the matrix without repetitions."""
+        view = site.view
+        sizes = [1 if s == 0 else n for n, s in zip(view.shape, view.stride(), strict=True)]
+        once = view.as_strided(sizes, [s or 1 for s in view.stride()])
+        one_filter = self.role is weight_atoms.conv and sizes[0] == 1
+        args = {**self.args, "groups": 1} if one_filter else self.args
+        return self.role(replace(site, node=self.node, args=args, view=once))
+
 
 def computed_weights(
     module: fx.GraphModule,
@@ -89,7 +99,8 @@ def computed_weights(
             roles = rules[key].weights if key in rules else {}
             for operand, source in list(operands(args)):
                 role = roles.get(operand[0])
-                if learned.get(source) and source not in views and role in LAYERS | PRODUCTS:
+                computed = source not in views or _repeats(views[source], role)
+                if learned.get(source) and computed and role in LAYERS | PRODUCTS:
                     layer = _Layer(node, args, roles[operand[0]])
                     count += _cut(module, layer, operand, source, views, held, rules, convention, known)
     return count
@@ -121,6 +132,14 @@ def _views(module: fx.GraphModule, inputs: tuple[Input, ...], rules: RuleTable) 
     return views
 
 
+def _repeats(view: Any, role: AtomFunction | None) -> bool:
+    """Whether a matrix has the same entry at several places; along the axes of a batch that is what products do."""
+    if not isinstance(view, torch.Tensor) or view.dim() < 2:
+        return False
+    axes = range(view.dim()) if role in LAYERS else (-2, -1)
+    return any(view.shape[a] > 1 and view.stride(a) == 0 for a in axes)
+
+
 def _cut(
     module: fx.GraphModule,
     layer: _Layer,
@@ -135,12 +154,12 @@ def _cut(
     inside, outside = cone(source, lambda n: n.op == "placeholder" or (n in views and _is_part(n)))
     sources = [n for n in outside if n in views]
     carried = [follow(inside, n, Arrangement.of(shape(n)), rules).get(source) for n in sources]
+    whole = any(c is not None and c.is_whole for c in carried)
+    shared = not whole and len(carried) == 1 and carried[0] is not None and _repeats(carried[0].view, layer.role)
     if layer.role in PRODUCTS:
-        if any(feeds_softmax(u) for u in layer.node.users) or not any(c is not None and c.is_whole for c in carried):
+        if any(feeds_softmax(u) for u in layer.node.users) or not (whole or shared):
             return 0
-    elif not any(c is not None and c.is_whole for c in carried) and not any(
-        shape(n) == shape(source) or _factors(inside, n, rules) for n in sources
-    ):
+    elif not (whole or shared) and not any(shape(n) == shape(source) or _factors(inside, n, rules) for n in sources):
         return 0
     with module.graph.inserting_before(layer.node):  # each layer has a matrix of its own, in units of its own atom
         output = module.graph.call_function(aten.alias.default, (source,))
@@ -150,7 +169,7 @@ def _cut(
     values = [held.get(n) for n in outside if n not in views]
     call = extract(module, "computed_weight", [*inside, output], output, named)
     region: Any = module.get_submodule(str(call.target))
-    roles = _roles(region, layer, list(named), rules)
+    roles = _roles(region, layer, list(named), shared, rules)
     extras = dict(zip(region.inputs[len(named) :], values, strict=True))
     atom = layer.atom(_site(layer.node, shape(source)))
     found = measure_matrix(region, roles, atom, extras, convention.declared(atom), known)
@@ -193,28 +212,35 @@ def _site(node: fx.Node, size: tuple[int, ...]) -> Site:
 # --- what each parameter is -----------------------------------------------------------------------------------------
 
 
-def _roles(region: Region, layer: _Layer, names: Sequence[str], rules: RuleTable) -> dict[str, Part]:
-    """The part that each parameter has in the matrix."""
+def _roles(region: Region, layer: _Layer, names: Sequence[str], shared: bool, rules: RuleTable) -> dict[str, Part]:
+    """The part that each parameter has in the matrix; ``shared``: there is one, and it has fewer entries."""
     nodes = list(region.body.graph.nodes)
     inputs = {n.name: n for n in nodes if n.op == "placeholder"}
     (output,) = next(n for n in nodes if n.op == "output").all_input_nodes
-    return {name: _part(name, nodes, inputs[name], output, layer, rules) for name in names}
+    return {name: _part(name, nodes, inputs[name], output, layer, shared, rules) for name in names}
 
 
 def _part(
-    name: str, nodes: Sequence[fx.Node], start: fx.Node, output: fx.Node, layer: _Layer, rules: RuleTable
+    name: str,
+    nodes: Sequence[fx.Node],
+    start: fx.Node,
+    output: fx.Node,
+    layer: _Layer,
+    shared: bool,
+    rules: RuleTable,
 ) -> Part:
     def arrive(site: Site) -> dict[fx.Node, Arrangement]:
         return follow(nodes, start, Arrangement(site.view), rules)
 
     def carrier(site: Site) -> Atom:
-        return arrive(site)[output].wrap(site.shape, lambda size, v: layer.atom(replace(site, shape=size, view=v)))
+        make = layer.shared if shared else layer.atom
+        return arrive(site)[output].wrap(site.shape, lambda size, v: make(replace(site, shape=size, view=v)))
 
     places = follow(nodes, start, Arrangement.of(shape(start)), rules)
     if _becomes_integer(start, nodes):  # its entries say more than their size
         return Part(name, lambda site: Scalar(site.shape), "number")
     found = places.get(output)
-    if found is not None and found.is_whole:
+    if found is not None and (found.is_whole or shared):
         return Part(name, carrier, "matrix")
     if found is not None and found.added:
         return Part(name, lambda site: Bias(site.shape), "shift", found.view)
