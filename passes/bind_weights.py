@@ -23,7 +23,7 @@ from modnorm_fx.slices import take_slice
 
 from .canonicalize import aten
 from .flow import ARITHMETIC, Flow
-from .layout import replay, sliced
+from .layout import TRANSPOSES, replay, sliced
 
 
 class Affine(NamedTuple):
@@ -138,7 +138,9 @@ def _follow(
     row = rules.get(key)
     if (
         "index" in value.through and row is not None and row.view
-    ):  # the arrangement of looked-up rows is no longer the table's
+    ):  # the arrangement of looked-up rows is no longer the table's, but for which of its axes are outputs
+        if node.target in TRANSPOSES and source.meta["val"].dim() == value.view.dim():
+            return replace(value, view=replay(node, value.view, rules))
         return value
     view = replay(node, value.view, rules)
     if isinstance(view, torch.Tensor | tuple | list):

@@ -2,10 +2,10 @@
 
 Weight normalisation, spectral normalisation, standardised convolutions, ``w / √fan_in``, masks, ``W + s·B @ A``: the
 matrix that a layer applies is not the one stored. Nor is it where ``expand`` puts an entry at several places (one
-filter for all channels). The piece between the parameters and the layer is cut out as a region ``computed_weight``,
-whose scale is the norm of the matrix in units of the layer's atom (``measure_matrix``). What each parameter is
-follows from how its entries arrive: entry by entry (the *carrier*, which gets the atom of the layer), row by row (a
-gain), or as a factor of a product (a layer of its own).
+filter for all channels), or an index does (hashed and Toeplitz matrices, codebooks). The piece between the parameters
+and the layer is cut out as a region ``computed_weight``, whose scale is the norm of the matrix in units of the
+layer's atom (``measure_matrix``). What each parameter is follows from how its entries arrive: entry by entry (the
+*carrier*, which gets the atom of the layer), row by row (a gain), or as a factor of a product (a layer of its own).
 
 Runs first: a weight that is standardised is not a norm layer. Assumes a functional graph. Promises the same outputs; a
 matrix that depends on data, and one that no parameter carries, is left as it is.
@@ -21,18 +21,18 @@ import torch
 from torch import fx
 
 from modnorm_fx import weight_atoms
-from modnorm_fx.atoms import Atom, Bias, Scalar
+from modnorm_fx.atoms import Atom, Bias, Embedding, Scalar, Table
 from modnorm_fx.capture import Input
 from modnorm_fx.conventions import Convention
 from modnorm_fx.errors import WeightError
 from modnorm_fx.regions import Region, extract
-from modnorm_fx.rules import AtomFunction, Operand, RuleTable, arguments, operands
+from modnorm_fx.rules import AtomFunction, Operand, RuleTable, arguments, op_key, operands
 from modnorm_fx.slices import take_slice
 from modnorm_fx.weight_atoms import Site
 
 from .canonicalize import aten, cone, is_call, shape
-from .flow import is_float
-from .layout import Arrangement, follow, replay
+from .flow import COPIES, is_float
+from .layout import GATHERS, PLACEWISE, TRANSPOSES, Arrangement, follow, replay
 from .measure_matrix import Part, measure_matrix
 from .type_atoms import feeds_softmax
 
@@ -64,6 +64,15 @@ class _Layer:
     def atom(self, site: Site) -> Atom:
         """The atom of a weight that arrives at this layer as ``site.view`` says."""
         return self.role(replace(site, node=self.node, args=self.args))
+
+    def gathered(self, site: Site) -> Atom:
+        """The atom of a weight whose entries are taken by an index: rows of a codebook, a kernel whose taps go to
+        several places, or one row of numbers."""
+        if self.role is weight_atoms.conv and len(site.shape) > 2:
+            return self.atom(site)
+        if len(site.shape) == 2:
+            return Embedding(site.shape)
+        return Table(site.shape, feature_axes=tuple(range(len(site.shape))))
 
     def shared(self, site: Site) -> Atom:
         """The atom of a weight whose entries go to several places each: that of the matrix without repetitions."""
@@ -118,18 +127,37 @@ def _learned(module: fx.GraphModule, inputs: tuple[Input, ...]) -> dict[fx.Node,
 
 
 def _views(module: fx.GraphModule, inputs: tuple[Input, ...], rules: RuleTable) -> dict[fx.Node, Any]:
-    """What is one parameter, seen through views, copies and lookups: no computed matrix."""
+    """What is one parameter, seen through views, copies and lookups of rows: no computed matrix."""
+    rows: set[fx.Node] = set()
     views: dict[fx.Node, Any] = {
         i.node: torch.empty(shape(i.node), device="meta") for i in inputs if i.kind == "parameter"
     }
     for node in module.graph.nodes:
         source = node.args[0] if node.args else None
         if node.op == "call_function" and isinstance(source, fx.Node) and source in views:
-            rows = is_call(node, aten.index.Tensor)
-            found = torch.empty(shape(node), device="meta") if rows else replay(node, views[source], rules)
+            found = replay(node, views[source], rules)
+            if is_call(node, aten.index.Tensor):
+                found = torch.empty(shape(node), device="meta") if _takes_rows(node) else None
+                rows |= {node} if found is not None else set()
+            elif source in rows and found is not None:
+                if node.target in TRANSPOSES or node.target in COPIES or shape(node)[-1:] == shape(source)[-1:]:
+                    rows.add(node)
+                else:  # rows in pieces are rows no more
+                    found = None
+                    while source in rows:
+                        views.pop(source, None)
+                        source = source.all_input_nodes[0]
             if found is not None:
                 views[node] = found
     return views
+
+
+def _takes_rows(node: fx.Node) -> bool:
+    """Whether what is taken by an index from a matrix, a stack of them or a table is made of its rows (or, one for
+    each, its columns): not single entries, and not an axis of a kernel in another arrangement."""
+    table, indices = node.args[:2]
+    (axis, *more) = [a for a, i in enumerate(indices) if i is not None]  # type: ignore[arg-type,union-attr]
+    return len(shape(table)) > 1 and not more and (axis == 0 or len(shape(node)) == len(shape(table)))  # type: ignore[arg-type]
 
 
 def _repeats(view: Any, role: AtomFunction | None) -> bool:
@@ -138,6 +166,21 @@ def _repeats(view: Any, role: AtomFunction | None) -> bool:
         return False
     axes = range(view.dim()) if role in LAYERS else (-2, -1)
     return any(view.shape[a] > 1 and view.stride(a) == 0 for a in axes)
+
+
+def _gathers(nodes: Sequence[fx.Node], start: fx.Node, rules: RuleTable) -> bool:
+    """Whether entries of ``start``, in other places or several, are all that is computed from it: an index takes them,
+    and nothing on the way mixes them."""
+    after, taken = {start}, False
+    for node in nodes:
+        if node.op != "call_function" or not after.intersection(node.all_input_nodes):
+            continue
+        row = rules.get(op_key(node.target))
+        taken |= node.target in GATHERS
+        if not (node.target in GATHERS or node.target in COPIES or node.target in PLACEWISE or (row and row.view)):
+            return False
+        after.add(node)
+    return taken
 
 
 def _cut(
@@ -156,10 +199,15 @@ def _cut(
     carried = [follow(inside, n, Arrangement.of(shape(n)), rules).get(source) for n in sources]
     whole = any(c is not None and c.is_whole for c in carried)
     shared = not whole and len(carried) == 1 and carried[0] is not None and _repeats(carried[0].view, layer.role)
+    gathered = not whole and len(sources) == 1 and _gathers(inside, sources[0], rules)
+    if layer.role in PRODUCTS and gathered:  # rows looked up (of positions) are features
+        gathered = len(shape(sources[0])) < 2 or shape(sources[0])[-1] != shape(source)[-1]
     if layer.role in PRODUCTS:
-        if any(feeds_softmax(u) for u in layer.node.users) or not (whole or shared):
+        if any(feeds_softmax(u) for u in layer.node.users) or not (whole or shared or gathered):
             return 0
-    elif not (whole or shared) and not any(shape(n) == shape(source) or _factors(inside, n, rules) for n in sources):
+    elif not (whole or shared or gathered) and not any(
+        shape(n) == shape(source) or _factors(inside, n, rules) for n in sources
+    ):
         return 0
     with module.graph.inserting_before(layer.node):  # each layer has a matrix of its own, in units of its own atom
         output = module.graph.call_function(aten.alias.default, (source,))
@@ -242,6 +290,8 @@ def _part(
     found = places.get(output)
     if found is not None and (found.is_whole or shared):
         return Part(name, carrier, "matrix")
+    if found is None and _gathers(nodes, start, rules):
+        return Part(name, lambda site: layer.gathered(site), "matrix")
     if found is not None and found.added:
         return Part(name, lambda site: Bias(site.shape), "shift", found.view)
     if found is not None:

@@ -118,6 +118,15 @@ PLACEWISE = ARITHMETIC | {
     aten.minimum.default, aten.dropout.default, aten.div.Tensor_mode, aten.sign.default, aten.round.default,
     aten.nan_to_num.default, aten.addcmul.default, aten.lerp.Scalar,
 }  # fmt: skip
+#: ops that take entries, or rows, by an index, and the argument that is the index
+GATHERS: dict[Any, int] = {
+    aten.index.Tensor: 1, aten.index_select.default: 2, aten.gather.default: 2, aten.take.default: 1,
+    aten.embedding.default: 1,
+}  # fmt: skip
+#: views that change the order of axes and nothing else
+TRANSPOSES = frozenset(
+    {aten.t.default, aten.mT.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
+)
 BATCH_NORMS = frozenset(
     {
         aten.batch_norm.default, aten.native_batch_norm.default, aten._native_batch_norm_legit.default,

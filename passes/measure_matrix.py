@@ -32,6 +32,7 @@ from modnorm_fx.runtime import TINY
 from modnorm_fx.weight_atoms import Site
 
 from .canonicalize import aten
+from .layout import GATHERS
 
 #: step of the central difference relative to the parameter; its error is of the order of the square
 STEP = 1e-3
@@ -131,6 +132,7 @@ class _Matrix:
         large = math.prod(layer.shape) > LARGE
         self.dtype, self.step = (torch.float32, LARGE_STEP) if large else (torch.float64, STEP)
         self.vectors: dict[fx.Node, Tensor] = {}
+        self.unread = _unread(body.graph, parts, held)
         self.point: dict[str, Tensor] = {}
         for node in body.graph.nodes:
             if node.op == "placeholder":
@@ -227,6 +229,8 @@ class _Matrix:
         if node.target is aten.dropout.default:
             return env[node.args[0]]  # type: ignore[index]
         given = {n: env[n] for n in node.all_input_nodes}
+        if node.target in GATHERS:
+            given |= self.places(node, given)
         for source in node.all_input_nodes if node.target in CONTRACTIONS else ():
             if _is_vector_buffer(source, self.parts):
                 if source not in self.vectors:
@@ -242,6 +246,24 @@ class _Matrix:
             return torch.where(result == 0, 1, result)  # an integer that is read off a weight is a sign: 1
         return result
 
+    def places(self, node: fx.Node, given: Mapping[fx.Node, Any]) -> dict[fx.Node, Tensor]:
+        """Random places in the stead of an index that is not read: each as often as others."""
+        table: Any = node.args[0]
+        index: Any = node.args[GATHERS[node.target]]
+        if node.target is aten.index.Tensor:
+            sizes = [(i, n) for i, n in zip(index, given[table].shape, strict=False) if i is not None]
+        elif node.target is aten.take.default:
+            sizes = [(index, given[table].numel())]
+        else:
+            axis: Any = 0 if node.target is aten.embedding.default else node.args[1]
+            sizes = [(index, given[table].shape[axis])]
+        out = {}
+        for i, n in sizes:
+            if i in self.unread and not _meta(i).dtype == torch.bool:
+                order = torch.randperm(_meta(i).numel(), generator=torch.Generator().manual_seed(0))
+                out[i] = (order % n).reshape(_meta(i).shape)
+        return out
+
     def product(self, node: fx.Node, given: Mapping[fx.Node, Any], source: fx.Node, vector: Tensor) -> Any:
         """The op with another vector at one operand."""
         return self.apply(node, {**given, source: vector})
@@ -256,6 +278,16 @@ class _Matrix:
             kwargs["device"] = torch.device("cpu")
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
         return function(*args, **kwargs)
+
+
+def _unread(graph: fx.Graph, parts: Mapping[str, Part], held: Mapping[str, Tensor | None]) -> set[fx.Node]:
+    """What depends on a buffer, whose value the graph does not hold."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        buffer = node.op == "placeholder" and node.name not in parts and held.get(node.name) is None
+        if buffer or found.intersection(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _typical_gain(matrix: Tensor, layer: Atom) -> float:

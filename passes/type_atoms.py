@@ -31,6 +31,16 @@ TO_SOFTMAX = CASTS | {
     aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.slice.Tensor,
     aten.tanh.default, aten.constant_pad_nd.default, aten.pad.default, aten.embedding.default,
 }  # fmt: skip
+#: roles in which a weight is a matrix
+MATRICES = frozenset(
+    {
+        weight_atoms.linear,
+        weight_atoms.linear_transposed,
+        weight_atoms.conv,
+        weight_atoms.matmul_left,
+        weight_atoms.matmul_right,
+    }
+)
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 #: ops that write over a part of what they are given
 WRITES = frozenset({aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default})
@@ -98,6 +108,12 @@ def type_atoms(
             role = roles.get(use.operand[0], weight_atoms.source)
             if role is weight_atoms.joined or (role is weight_atoms.table and use.node.target in WRITES):
                 role = _role_of_joined(use.node, module, rules) or role
+            if "index" in use.through and role in MATRICES and use.view.dim() < min(2, _rank(args, use.operand)):
+                raise WeightError(
+                    "an index that depends on data makes a matrix of its entries",
+                    why="its norm depends on which of them stand where",
+                    do="pass unknown='sample' to estimate its effect",
+                )
             atom = role(site)
         except WeightError as error:
             sampled = unknown == "sample"
@@ -138,6 +154,13 @@ def type_atoms(
             do="Pass unknown='sample' to estimate their effect, or add a rule (see CONTRIBUTING.md).",
         )  # fmt: skip
     return tuple(found)
+
+
+def _rank(args: Mapping[str, Any], operand: Operand) -> int:
+    """How many axes an operand has."""
+    name, index = operand
+    value = args[name] if index is None else args[name][index]
+    return value.meta["val"].dim()
 
 
 def _role_of_joined(node: fx.Node, module: fx.GraphModule, rules: RuleTable) -> AtomFunction | None:
