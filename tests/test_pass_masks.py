@@ -152,3 +152,21 @@ def test_signals_that_are_large_are_no_masks():
 def test_constants(function, expected):
     staged = stage(With(function, **layers()), ROWS)
     assert list(measure_constants(staged.module, staged.flow()).values()) == [pytest.approx(expected)]
+
+
+def test_masks_of_integers_and_booleans():
+    """What padding masks are: no norm of their own, and no reason to fail."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            y = self.body(x) * mask.unsqueeze(-1)
+            return y.sum(1) / mask.sum(1, keepdim=True)
+
+    x = torch.randn(2, 5, 4)
+    for mask in (torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5)):
+        norm = modnorm_fx.convert(Pooled(), (x, mask))
+        assert [leaf.key for leaf in norm.leaves] == ["body.weight", "body.bias"]

@@ -461,24 +461,6 @@ def test_bad_inputs(call, error, text):
     assert type(caught.value) is error and text in str(caught.value)
 
 
-def test_masks_of_integers_and_booleans():
-    """What padding masks are: no norm of their own, and no reason to fail."""
-
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Linear(4, 4)
-
-        def forward(self, x, mask):
-            y = self.body(x) * mask.unsqueeze(-1)
-            return y.sum(1) / mask.sum(1, keepdim=True)
-
-    x = torch.randn(2, 5, 4)
-    for mask in (torch.ones(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5)):
-        norm = mn.convert(Pooled(), (x, mask))
-        assert [leaf.key for leaf in norm.leaves] == ["body.weight", "body.bias"]
-
-
 class Standardised(nn.Module):
     """A layer whose matrix is computed in the graph."""
 
