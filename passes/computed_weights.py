@@ -34,6 +34,7 @@ from .canonicalize import aten, cone, is_call, shape
 from .flow import COPIES, is_float
 from .layout import GATHERS, PLACEWISE, TRANSPOSES, Arrangement, follow, replay
 from .measure_matrix import Part, measure_matrix
+from .recognize_straight_through import passed_on
 from .type_atoms import feeds_softmax
 
 #: roles in which an operand is the matrix of a layer, whatever it was computed from
@@ -328,10 +329,19 @@ def _unmeasured(site: Site) -> Atom:
 
 
 def _becomes_integer(start: fx.Node, nodes: Sequence[fx.Node]) -> bool:
-    """Whether entries are cast to integers (the signs that a Householder parametrisation keeps on a diagonal)."""
+    """Whether entries are cast to integers (the signs that a Householder parametrisation keeps on a diagonal), other
+    than on the way to what a straight-through estimator rounds to."""
+    straight = passed_on(start.graph)
+    todo: list[fx.Node] = list(nodes[-1:])
+    counted: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in counted:
+            counted.add(node)
+            todo += [straight[node]] if node in straight else node.all_input_nodes
     after = {start}
     for node in nodes:
-        if after.intersection(node.all_input_nodes):
+        if node in counted and after.intersection(node.all_input_nodes):
             after.add(node)
             if is_call(node, aten._to_copy.default, aten.to.dtype) and not is_float(node):
                 return True

@@ -11,6 +11,8 @@ atom, gains at 1. Nothing of the model is read. From there on:
   inputs of independent entries: of a row w that is ‖w‖₂, and the author of such a map has chosen it.
 
 A parameter's sensitivity is the norm, in the layer's atom, of the central difference along a random step of norm 1.
+Straight-through estimators (quantised weights) are followed as their gradient is: the rounded matrix counts as the one
+that is rounded. What moves only the rounded one (a learned step of its grid) is measured by derivatives.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from modnorm_fx.weight_atoms import Site
 
 from .canonicalize import aten
 from .layout import GATHERS
+from .recognize_straight_through import passed_on
 
 #: step of the central difference relative to the parameter; its error is of the order of the square
 STEP = 1e-3
@@ -132,6 +135,7 @@ class _Matrix:
         large = math.prod(layer.shape) > LARGE
         self.dtype, self.step = (torch.float32, LARGE_STEP) if large else (torch.float64, STEP)
         self.vectors: dict[fx.Node, Tensor] = {}
+        self.straight = passed_on(body.graph)
         self.unread = _unread(body.graph, parts, held)
         self.point: dict[str, Tensor] = {}
         for node in body.graph.nodes:
@@ -163,7 +167,20 @@ class _Matrix:
     def slope(self, name: str, size: float) -> float:
         change, h = self.direction(name), self.step * (size or 1.0)
         above, below = (self.run({**self.point, name: self.point[name] + sign * h * change}) for sign in (1, -1))
-        return self.norm((above - below) / (2 * h))
+        moved = self.norm((above - below) / (2 * h))
+        return moved if moved > TINY or not self.straight else self.norm(self.derivative(name, change))
+
+    def derivative(self, name: str, change: Tensor) -> Tensor:
+        """What autograd has for a change of a parameter, at the values that the matrix really has."""
+        self.straight = {}
+        with torch.enable_grad():
+            at = self.point[name].clone().requires_grad_()
+            matrix = self.run({**self.point, name: at})
+            cotangent = torch.zeros_like(matrix, requires_grad=True)
+            (back,) = torch.autograd.grad(matrix, at, cotangent, create_graph=True)
+            (moved,) = torch.autograd.grad(back, cotangent, change)
+        self.straight = passed_on(self.body.graph)
+        return moved
 
     def norm(self, matrix: Tensor) -> float:
         """In the layer's atom; of large matrices by power iteration."""
@@ -221,6 +238,9 @@ class _Matrix:
                 env[node] = values[node.name]
             elif node.op == "output":
                 return env[node.all_input_nodes[0]]
+            elif node in self.straight:
+                value = env[self.straight[node]]
+                env[node] = (value, torch.ones_like(value)) if isinstance(node.meta["val"], tuple | list) else value
             else:
                 env[node] = self.call(node, env)
         raise AssertionError("a graph has an output")

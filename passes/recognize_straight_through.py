@@ -18,6 +18,9 @@ from modnorm_fx.regions import extract
 from .canonicalize import aten, cone, is_call, strip
 from .flow import Flow
 
+#: what the names of ops that round to a grid and pass a gradient on have in common
+QUANTISER = "fake_quantize_per_"
+
 
 def recognize_straight_through(module: fx.GraphModule, flow: Flow) -> int:
     """Rewrites ``module`` in place and returns how many were found."""
@@ -32,6 +35,19 @@ def recognize_straight_through(module: fx.GraphModule, flow: Flow) -> int:
         extract(module, "straight_through", inside, node, {"input": x, "value": q})
         count += 1
     return count
+
+
+def passed_on(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Of each straight-through estimator in a graph, written out or an op of its own (``fake_quantize``), the node that
+    its gradient is passed on to."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        match = _match(node)
+        if match is not None and match[0] is not match[1]:
+            found[node] = match[0]
+        elif node.op == "call_function" and QUANTISER in str(node.target):
+            found[node] = node.all_input_nodes[0]
+    return found
 
 
 def _match(node: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from staged import stage
+import torch.nn.functional as F
+from staged import With, stage
 from torch import Tensor, nn
 
 import modnorm_fx as mn
@@ -101,3 +102,73 @@ def test_the_output_is_as_large_as_the_code_and_moves_with_it(size: float):
 def test_quantising_again_changes_nothing():
     one, many = (mn.convert(Quantised(steps=n), (torch.randn(8, 32),)) for n in (1, 5))
     assert many.targets["encoder.weight"] == pytest.approx(one.targets["encoder.weight"], rel=1e-6)
+
+
+# --- quantised weights ----------------------------------------------------------------------------------------------
+
+
+def straight(x: Tensor, q: Tensor) -> Tensor:
+    return x + (q - x).detach()
+
+
+def ternary(w: Tensor) -> Tensor:
+    """BitNet b1.58, as published."""
+    scale = 1.0 / w.abs().mean().clamp(min=1e-5)
+    return straight(w, (w * scale).round().clamp(-1, 1) / scale)
+
+
+def int8(w: Tensor) -> Tensor:
+    step = w.abs().amax(1, keepdim=True) / 127
+    return straight(w, (w / step).round().clamp(-128, 127).to(torch.int8).float() * step)
+
+
+STEPS, ZEROS = torch.full((24,), 0.05), torch.zeros(24, dtype=torch.int32)
+WEIGHTS = {
+    "ternary": ternary,
+    "integers": int8,
+    "signs": lambda w: straight(w, w.sign()),
+    "a fine grid": lambda w: straight(w, (w * 64).round() / 64),
+    "a coarse grid": lambda w: straight(w, w.round()),  # of norm 1 all entries are rounded to zero
+    "an op": lambda w: torch.fake_quantize_per_tensor_affine(w, 1 / 64, 0, -128, 127),
+    "an op, per row": lambda w: torch.fake_quantize_per_channel_affine(w, STEPS, ZEROS, 0, -128, 127),
+    "an observer": torch.ao.quantization.FakeQuantize(
+        torch.ao.quantization.MovingAverageMinMaxObserver, quant_min=-128, quant_max=127, dtype=torch.qint8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_quantised_weight_has_the_norm_of_the_weight(name: str):
+    """The rounding is not differentiated: its slope is that of where the steps of a grid happen to be."""
+    rows = torch.randn(4, 32)
+
+    def converted(make):
+        model = With(lambda s, x: F.linear(torch.relu(F.linear(x, s.make(s.w))), s.v), w=(24, 32), v=(8, 24), make=make)
+        return {leaf.key: leaf for leaf in mn.convert(model, (rows,), unknown="error").leaves}
+
+    found, plain = converted(WEIGHTS[name]), converted(lambda w: w)
+    assert found["w"].atom == plain["w"].atom
+    for key in "wv":
+        assert found[key].target == pytest.approx(plain[key].target, rel=1e-3)
+        assert found[key].initial == pytest.approx(plain[key].initial, rel=1e-3)
+
+
+def test_a_learned_step_of_the_grid_moves_the_matrix_as_its_gradient_says():
+    """LSQ: only by rounding does the step change the matrix. Held against forward differentiation at the same point."""
+
+    def quantised(w: Tensor, s: Tensor) -> Tensor:
+        return straight(w / s, (w / s).round().clamp(-8, 7)) * s
+
+    model = With(lambda s, x: F.linear(x, quantised(s.w, s.step)), w=(24, 32), step=(1,))
+    staged = stage(model, torch.randn(4, 32))
+    assert staged.rewrite("computed") == {"computed": 1}
+    (region,) = staged.regions()
+    by_size = dict(zip((tuple(n.meta["val"].shape) for n in region.body.graph.nodes), region.inputs, strict=False))
+    (leaf,) = (n for n in mn.convert(model, (torch.randn(4, 32),), unknown="error").leaves if n.key == "w")
+    w = torch.empty(24, 32)
+    leaf.atom.initialize_(w, 1.0, torch.Generator().manual_seed(0))
+    one = torch.ones(1)
+    moved = torch.zeros_like(w)
+    for i, j in torch.cartesian_prod(torch.arange(24), torch.arange(32)).tolist():
+        moved[i, j] = torch.autograd.grad(quantised(w, at := one.clone().requires_grad_())[i, j], at)[0]
+    assert region.facts["sensitivity"][by_size[1,]] == pytest.approx(float(leaf.atom.norm(moved)), rel=0.1)
