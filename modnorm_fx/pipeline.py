@@ -29,6 +29,7 @@ from .passes.computed_weights import computed_weights, parts_of_joined
 from .passes.feature_axes import feature_axes
 from .passes.find_branches import find_branches, written
 from .passes.find_heads import find_heads
+from .passes.find_parts import find_parts
 from .passes.find_stacks import find_stacks
 from .passes.flow import classify_flow
 from .passes.fold_tree import fold_tree
@@ -166,6 +167,7 @@ def convert(
     stages["branches"] = lambda: explain.branches(streams, chosen)
     heads = run("find_heads", find_heads, module, flow, weights, axes, rules=rules)
     stages["heads"] = lambda: explain.heads(heads, chosen)
+    parts = run("find_parts", find_parts, module, flow, axes, rules=rules)
     signs = run("known_signs", known_signs, module, rules=rules)
     scales = run(
         "propagate_scales",
@@ -181,6 +183,7 @@ def convert(
         constants=constants,
         branches=written(streams),
         heads=heads.of,
+        parts=parts,
     )
     stages["scales"] = lambda: explain.scales(module, scales)
     sensitivities = run(

@@ -205,8 +205,8 @@ def scatter_sum(call: Call) -> Local:
     aten.index_copy.default,
     status="declared",
     weights={"self": atom_of.table, "src": atom_of.table},
-    source="a share f of the entries is written over: RMS of the whole; √f of what is written along features or "
-    "in steps of a loop; else the position counts that moves most",
+    source="a share f of the entries is written over: RMS of the whole; √f of what is written along features, in "
+    "steps of a loop or at some of the places of a signal; else the position counts that moves most",
 )
 def write(call: Call) -> Local:
     name = "src" if "src" in call.args else "source"
@@ -219,8 +219,8 @@ def _written(call: Call, name: str, share: float) -> Local:
     scale = math.sqrt((1 - share) * call.scale("self") ** 2 + share * call.scale(name) ** 2)
     dim, rank = call["dim"], len(call.shape())
     along_features = dim is not None and int(dim) % rank in call.features.get(call.node, frozenset())
-    parts = along_features or call.node.target is aten.select_scatter.default
-    kept = math.sqrt(1 - share) if along_features else float(share < 1)
+    parts = along_features or call.node.target is aten.select_scatter.default or call.part(name) is not None
+    kept = math.sqrt(1 - share) if along_features or call.part("self") is not None else float(share < 1)
     return Local(scale, {"self": kept, name: math.sqrt(share) if parts else 1.0})
 
 

@@ -7,6 +7,7 @@ of the op's schema.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,8 @@ class Call:
         averages: nodes whose rows are averages (softmax and views of it).
         signs: fx node -> which signs its entries may have, where that is not any.
         running: nodes whose entries sum a growing number of terms of one sign (running sums and parts of them).
+        parts: the operands that hold, or pick, some of the places of a signal, and their share of the places that are
+            joined again.
     """
 
     node: fx.Node
@@ -81,6 +84,7 @@ class Call:
     averages: frozenset[fx.Node] = frozenset()
     signs: Mapping[fx.Node, Sign] = field(default_factory=dict)
     running: frozenset[fx.Node] = frozenset()
+    parts: Mapping[Operand, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """An argument, None where it was left out."""
@@ -100,6 +104,12 @@ class Call:
 
     def is_weight(self, name: str, index: int | None = None) -> bool:
         return (name, index) in self.weights
+
+    def part(self, name: str, index: int | None = None) -> float | None:
+        """Share of the places of a signal that an operand holds or picks, in quadrature: √f; None where it counts as
+        a whole."""
+        f = self.parts.get((name, index)) if self.convention.quadrature else None
+        return None if f is None else math.sqrt(f)
 
     def is_average(self, name: str) -> bool:
         return self.args.get(name) in self.averages

@@ -53,7 +53,8 @@ REARRANGES = "moves entries; the RMS over features is unchanged"
 )  # fmt: skip
 def rearrange(call: Call) -> Local:
     name = "self" if "self" in call.args else "input"
-    return Local(call.scale(name), {name: 1.0})
+    part = call.part(name)
+    return Local(call.scale(name), {name: 1.0 if part is None else part})
 
 
 @SHAPES.rule(aten.type_as.default, aten.to.other, status="declared", source=REARRANGES)
@@ -99,16 +100,19 @@ def mask(call: Call) -> Local:
     aten.where.ScalarSelf,
     aten.masked_scatter.default,
     status="bound",
-    source="each entry comes from one operand",
+    source="each entry comes from one operand; √f of those that hold a share f of one signal's places",
 )
 def where(call: Call) -> Local:
     names = [name for name in ("self", "other", "source") if call.is_tensor(name)]
+    parts = {name: part for name in names if (part := call.part(name)) is not None}
+    if parts:
+        return Local(math.hypot(*(part * call.scale(name) for name, part in parts.items())), parts)
     return Local(max(call.scale(name) for name in names), dict.fromkeys(names, 1.0))
 
 
 @SHAPES.rule(aten.cat.default, aten.stack.default, status="exact", weights={"tensors": atom_of.joined},
            source="RMS of the whole, √f_i for the share f_i of entries; along positions the largest of them counts, "
-           "so 1, unless they are alike (the steps of a loop over time)")  # fmt: skip
+           "so 1, unless they are alike (the steps of a loop over time) or hold places of one signal")  # fmt: skip
 def cat(call: Call) -> Local:
     tensors = call["tensors"]
     n = len(tensors)
@@ -123,4 +127,6 @@ def cat(call: Call) -> Local:
     shares = [size / sum(sizes) for size in sizes]
     scale = math.sqrt(sum(f * s * s for f, s in zip(shares, scales, strict=True)))
     as_parts = axis in call.features.get(call.node, frozenset()) or len(set(sizes)) == 1
-    return Local(scale, {"tensors": [math.sqrt(f) if as_parts else 1.0 for f in shares]})
+    if as_parts:
+        return Local(scale, {"tensors": [math.sqrt(f) for f in shares]})
+    return Local(scale, {"tensors": [1.0 if (part := call.part("tensors", i)) is None else part for i in range(n)]})

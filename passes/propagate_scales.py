@@ -186,9 +186,10 @@ def propagate_scales(
     constants: Mapping[fx.Node, float] | None = None,
     branches: Mapping[tuple[str, int], int] = MappingProxyType({}),
     heads: Mapping[tuple[str, int], int] = MappingProxyType({}),
+    parts: Mapping[fx.Node, Mapping[Operand, float]] = MappingProxyType({}),
 ) -> Scales:
     """The forward sweep; ``constants`` as ``measure_constants`` gives them (measured here if left out), ``branches`` as
-    ``find_branches`` does, ``heads`` as ``find_heads`` does.
+    ``find_branches`` does, ``heads`` as ``find_heads`` and ``parts`` as ``find_parts`` does.
 
     Raises UnknownOpError naming every op that has no rule and may not, or cannot, be sampled.
     """
@@ -229,6 +230,7 @@ def propagate_scales(
             frozenset(averages & set(node.all_input_nodes)),
             signs,
             frozenset(running & set(node.all_input_nodes)),
+            parts.get(node, {}),
         )
         names = [op for op, _ in wanted]
         local, status, failure = _local(module, call, names, rules, unknown, estimate=node in sampled_weights)
@@ -287,7 +289,8 @@ def _local(
     """What is known of one call, with its status; or, third, why nothing is (the sweep goes on with a stand-in)."""
     node = call.node
     if getattr(node.target, "__name__", "") == "getitem":
-        return Local(call.scale("arg0"), {"arg0": 1.0}), "exact", None
+        part = call.part("arg0")
+        return Local(call.scale("arg0"), {"arg0": 1.0 if part is None else part}), "exact", None
     key, _ = arguments(node, module)
     computed = key in rules and bool(_computed_matrices(rules[key], call, wanted))
     if key == COMPUTED and "scale" in call["region"].facts:  # what has no atom there counts as a number
