@@ -39,6 +39,8 @@ ATTENTION = frozenset({"attention", aten.scaled_dot_product_attention.default, *
 MATRICES = (Linear, Conv, PatchConv, Experts)
 PARTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor})
 JOINS = frozenset({aten.cat.default, aten.slice_scatter.default})
+#: copies of a head's features for several heads of queries (``expand`` makes them as well)
+COPIES = frozenset({aten.repeat.default, aten.repeat_interleave.self_int})
 #: what works on each entry, or on the features of a head or of all heads, without mixing heads by learned numbers
 PASSED = SPATIAL | CASTS | {
     aten.layer_norm.default, aten.rms_norm.default, aten.dropout.default, aten.roll.default, aten.type_as.default,
@@ -169,6 +171,11 @@ class _Walk:
         elif key is aten.unsqueeze.default:
             at = args["dim"] % len(after)
             yield _Place(source, frozenset(a - (a > at) for a in axes if a != at), size)
+        elif key in COPIES:  # new axes in front; other axes are longer
+            own = frozenset(a - len(after) + len(before) for a in axes)
+            copied = {a for a in own if a >= 0 and before[a] != after[a + len(after) - len(before)]}
+            if min(own, default=0) >= 0 and not copied:
+                yield _Place(source, own, size)
         elif key in PARTS or key in JOINS or (key is getitem and source.target in PARTS):
             merged = math.prod(after[a] for a in axes) != size
             for n in source.all_input_nodes if key is getitem else signals:

@@ -102,6 +102,11 @@ def shared_keys(m, x):
     return split(m.q(x)), copied(m.k(x)), copied(m.v(x))
 
 
+def copied_keys(copy):
+    """The same, by a function of `[batch, heads, places, features]`."""
+    return lambda m, x: (split(m.q(x)), copy(split(m.k(x), 2)), copy(split(m.v(x), 2)))
+
+
 def one_key(m, x):
     """One head of keys and values for all."""
     return split(m.q(x)), split(m.k(x), 1), split(m.v(x), 1)
@@ -131,6 +136,13 @@ WAYS = {
     "one head": (lambda: Attention(lambda m, x: (m.q(x)[:, None], m.k(x)[:, None], m.v(x)[:, None])),
                  {"q.weight": 1, "k.weight": 1}),
     "shared keys": (lambda: Attention(shared_keys, 2 * SIZE), {"q.weight": HEADS, "k.weight": 2}),
+    "interleaved keys": (lambda: Attention(copied_keys(lambda t: t.repeat_interleave(2, 1)), 2 * SIZE),
+                         {"q.weight": HEADS, "k.weight": 2}),
+    "repeated keys": (lambda: Attention(copied_keys(lambda t: t.repeat(1, 2, 1, 1)), 2 * SIZE),
+                      {"q.weight": HEADS, "k.weight": 2}),
+    "keys repeated on a new axis": (
+        lambda: Attention(copied_keys(lambda t: t.transpose(0, 1).repeat(2, 1, 1, 1, 1).flatten(0, 1).transpose(0, 1)),
+                          2 * SIZE), {"q.weight": HEADS, "k.weight": 2}),
     "one key": (lambda: Attention(one_key, SIZE), {"q.weight": HEADS, "k.weight": 1}),
     "two parts": (lambda: Attention(in_two_parts, more=nn.Linear(WIDTH, 2, bias=False)), BOTH | {"more.weight": 1}),
     "queries as keys": (lambda: Attention(lambda m, x: (split(m.q(x)), split(m.q(x)), split(m.v(x)))),
@@ -144,6 +156,19 @@ def test_heads_of_queries_and_keys(way):
     result = found(make())
     assert {key: count for (key, _), count in result.of.items()} == expected
     assert not result.lost
+
+
+def test_copies_of_keys_have_one_norm_however_they_are_made():
+    expected = convert(Attention(shared_keys, 2 * SIZE), (X,)).targets
+    for copy in (lambda t: t.repeat_interleave(2, 1), lambda t: t.repeat(1, 2, 1, 1)):
+        assert convert(Attention(copied_keys(copy), 2 * SIZE), (X,)).targets == pytest.approx(expected)
+
+
+def test_features_that_are_repeated_are_not_those_of_a_head():
+    """Half the features of each head, twice: the matrix makes no whole heads, and is named."""
+    result = found(Attention(copied_keys(lambda t: t.repeat(1, 2, 1, 1)), 2 * SIZE, attend=lambda q, k, v:
+                             F.scaled_dot_product_attention(q, k[..., :2].repeat(1, 1, 1, 2), v)))  # fmt: skip
+    assert {key for key, _ in result.of} == {"q.weight"} and [name for _, name in result.lost] == ["key"]
 
 
 def test_a_packed_matrix_is_read_in_its_parts():
