@@ -55,6 +55,8 @@ from .tree import allot
 __all__ = ["convert"]
 
 Result = TypeVar("Result")
+#: targets above this are named: a step of lr 1e-3 would change a weight of norm 1 a thousandfold
+FAR = 1e6
 #: agreement asked of the tree's recursion and the reverse sweep; both are a few hundred float64 products
 AGREEMENT = 1e-6
 
@@ -223,7 +225,7 @@ def convert(
     selected = captured.outputs if outputs is not None else ()
     stopped = {name: stops[name] for name in norm.unused if stops.get(name)}
     unused = tuple(name for name in norm.unused if name not in stopped)
-    for text in (_unused(unused, selected), _stopped(stopped), _partly_used(norm), _sampled(norm)):
+    for text in (_unused(unused, selected), _stopped(stopped), _partly_used(norm), _sampled(norm), _far(norm)):
         if text:
             warnings.warn(text, stacklevel=2)
     return norm
@@ -253,6 +255,21 @@ def _sampled(norm: ModularNorm) -> str:
         f"The effect of {len(keys)} weight{'s' if len(keys) > 1 else ''} was estimated by running ops on random "
         f"inputs, because no rule or atom describes their use: {_listed(keys)}. Pass unknown='error' to see each "
         "op and its place."
+    )
+
+
+def _far(norm: ModularNorm) -> str:
+    """Names weights whose steps would be enormous, because next to nothing of them seems to reach the output."""
+    far = {leaf.key: leaf.target for leaf in norm.leaves if leaf.target > FAR}
+    if not far:
+        return ""
+    listed = _listed([f"{key} ({target:.3g})" for key, target in far.items()])
+    return (
+        f"The target{'s' if len(far) > 1 else ''} of {listed} would make a step enormous: by the norm's numbers the "
+        "output hardly depends on "
+        + ("them" if len(far) > 1 else "it")
+        + ". Where a large number is added to a signal as a mask, write masked_fill or "
+        "torch.where; norm.explain('scales') shows where a signal becomes large."
     )
 
 

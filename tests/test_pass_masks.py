@@ -144,6 +144,18 @@ def test_signals_that_are_large_are_no_masks():
     assert data.targets["a.weight"] == pytest.approx(1.0) and data.leaves[0].scale == pytest.approx(1e5, rel=1e-3)
 
 
+def test_what_looks_enormous_all_the_same_is_said():
+    """A gate that a parameter moves is no mask, whatever it is multiplied by."""
+    model = With(lambda s, x: s.b(x) - 1e9 * torch.sigmoid(s.a(x)), **layers())
+    with pytest.warns(UserWarning, match=r"target of b\.weight \(\S+\) would make a step enormous.*masked_fill"):
+        norm = modnorm_fx.convert(model, (ROWS,))
+    before = model(ROWS).detach()
+    with torch.no_grad():
+        model.b.weight.zero_()
+    moved = (model(ROWS) - before).detach().norm() / before.norm()
+    assert float(moved) < 1 / norm.targets["b.weight"] * 10 < 1e-6
+
+
 @pytest.mark.parametrize("function, expected", [
     (lambda s, x: s.a(x) - torch.full((8, 16), 1e9).triu(1), 0.0),
     (lambda s, x: torch.where(x > 0, s.a(x), torch.full((8, 16), 1e9)), 0.0),
