@@ -1,9 +1,11 @@
 """Pass (rewrite): a layer whose output is cut into parts becomes one layer per part.
 
 Fused QKV, the gate/up of a layer or of experts and the like are several weights in one tensor; which rows belong
-together shows only in what happens to the output, so it is followed forward through views until it is cut. ``y = W x;
-q, k, v = y.split(d, -1)`` becomes ``q = W[0:d] x``, ...; interleaved layouts give periodic slices. A bias that is added
-to the output before it is cut is cut with it. From there on every pass sees ordinary layers whose weights are slices.
+together shows only in what happens to the output, so it is followed forward until it is cut: through views, and through
+functions of each entry that have no weights (``clamp``, an activation, a number as factor). ``y = W x; q, k, v =
+y.split(d, -1)`` becomes ``q = W[0:d] x``, ...; interleaved layouts give periodic slices. A bias that is added to the
+output before it is cut is cut with it, and functions are taken of each part. From there on every pass sees ordinary
+layers whose weights are slices.
 
 Assumes a functional graph and its flow. Promises the same outputs, up to the rounding of the smaller products.
 """
@@ -46,9 +48,28 @@ LAYERS: dict[Any, tuple[str, int, int]] = {
 BIASES: dict[Any, str] = {aten.addmm.default: "self"}
 #: tensors in the type of their first argument, of which they take nothing else
 NEW = frozenset({aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default})
+#: functions of each entry of one tensor where what else they take are numbers, beside those that the rules know
+SCALAR = frozenset(
+    {
+        aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor, aten.add.Scalar,
+        aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar,
+    }
+)  # fmt: skip
 #: more parts than any fused projection has (q, k, v, gate, ...); beyond it a model loops over heads, and its heads
 #: stay one matrix
 MOST_PARTS = 8
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """A node that holds a part of a layer's output: as the ``view`` of it, after ``functions`` of each entry."""
+
+    node: fx.Node
+    view: torch.Tensor
+    functions: tuple[fx.Node, ...]
+
+
+_Parts = dict[Slice, list[_Holder]]
 
 
 @dataclass(frozen=True)
@@ -76,7 +97,7 @@ def split_packed(
         constants: values of the placeholders of constants: an index such as ``[[-2]]`` is one.
     """
 
-    def cut(node: fx.Node) -> dict[Slice, list[tuple[fx.Node, torch.Tensor]]] | None:
+    def cut(node: fx.Node) -> _Parts | None:
         layer = _layer(node, module, flow)
         return _parts(layer, rules, constants) if layer else None
 
@@ -174,51 +195,56 @@ def _is_bias(node: fx.Node, axis: int, flow: Flow) -> bool:
     return shape_of(added)[-1:] == shape_of(node)[-1:]
 
 
-def _parts(
-    layer: _Layer, rules: RuleTable, constants: Mapping[fx.Node, torch.Tensor]
-) -> dict[Slice, list[tuple[fx.Node, torch.Tensor]]] | None:
+def _parts(layer: _Layer, rules: RuleTable, constants: Mapping[fx.Node, torch.Tensor]) -> _Parts | None:
     """The slices the output is cut into, and the nodes that hold each; None where it is used whole or cut
     irregularly."""
     output = torch.empty(shape_of(layer.node), device="meta")
     if not output.numel():
         return None
     stride, features = output.stride(layer.axis), output.shape[layer.axis]
-    parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]] = {}
-    for holder, view in _cuts(layer.output, output, rules, constants, stride, features):
-        found = feature_slice(view, stride, features)
-        if isinstance(found, str) or view.numel() != output.numel() // features * _size(found, features):
+    parts: _Parts = {}
+    for holder in _cuts(_Holder(layer.output, output, ()), rules, constants, stride, features):
+        found = feature_slice(holder.view, stride, features)
+        if isinstance(found, str) or holder.view.numel() != output.numel() // features * _size(found, features):
             return None
-        parts.setdefault(found, []).append((holder, view))
+        parts.setdefault(found, []).append(holder)
     if not 2 <= len(parts) <= MOST_PARTS or _overlap(parts, features):
         return None
     return parts
 
 
 def _cuts(
-    node: fx.Node,
-    value: torch.Tensor,
-    rules: RuleTable,
-    constants: Mapping[fx.Node, torch.Tensor],
-    stride: int,
-    features: int,
-) -> Iterator[tuple[fx.Node, torch.Tensor]]:
-    """Follows the output through views; yields where it is first cut along features, or first used whole."""
+    whole: _Holder, rules: RuleTable, constants: Mapping[fx.Node, torch.Tensor], stride: int, features: int
+) -> Iterator[_Holder]:
+    """Follows the output through views and functions of each entry; yields where it is first cut along features, or
+    first used whole."""
+    node, value, functions = whole.node, whole.view, whole.functions
     for user in node.users:
+        if _is_function(user, node, rules):
+            yield from _cuts(_Holder(user, value, (*functions, user)), rules, constants, stride, features)
+            continue
         view = replay(user, value, rules) if user.target is not aten.index.Tensor else _indexed(user, value, constants)
         if view is None:
-            yield node, value
-        elif isinstance(view, torch.Tensor):
-            if feature_slice(view, stride, features) == "all":
-                yield from _cuts(user, view, rules, constants, stride, features)
+            yield whole
+            continue
+        # split, chunk, unbind: a tuple whose parts are picked by getitem
+        picks: list[tuple[fx.Node, Any]] = (
+            [(user, view)] if isinstance(view, torch.Tensor) else [(pick, view[pick.args[1]]) for pick in user.users]
+        )
+        for pick, part in picks:
+            holder = _Holder(pick, part, functions)
+            if feature_slice(part, stride, features) == "all":
+                yield from _cuts(holder, rules, constants, stride, features)
             else:
-                yield user, view
-        else:  # split, chunk, unbind: a tuple whose parts are picked by getitem
-            for pick in user.users:
-                part = view[pick.args[1]]
-                if feature_slice(part, stride, features) == "all":
-                    yield from _cuts(pick, part, rules, constants, stride, features)
-                else:
-                    yield pick, part
+                yield holder
+
+
+def _is_function(node: fx.Node, source: fx.Node, rules: RuleTable) -> bool:
+    """Whether each entry of ``node`` is a function of that of ``source`` at its place, the same for all."""
+    if node.op != "call_function" or node.all_input_nodes != [source] or shape_of(node) != shape_of(source):
+        return False
+    row = rules.get(node.target)
+    return (node.target in SCALAR and source not in node.args[1:]) or (row is not None and row.pointwise)
 
 
 def _indexed(node: fx.Node, value: torch.Tensor, constants: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
@@ -239,7 +265,7 @@ def _size(part: Slice, features: int) -> int:
     return features // part.period * (part.stop - part.start)
 
 
-def _overlap(parts: dict[Slice, list], features: int) -> bool:
+def _overlap(parts: _Parts, features: int) -> bool:
     indices = torch.arange(features)
     seen = torch.zeros(features, dtype=torch.int)
     for part in parts:
@@ -247,9 +273,7 @@ def _overlap(parts: dict[Slice, list], features: int) -> bool:
     return bool((seen > 1).any())
 
 
-def _rewrite(
-    layer: _Layer, module: fx.GraphModule, parts: dict[Slice, list[tuple[fx.Node, torch.Tensor]]]
-) -> list[fx.Node]:
+def _rewrite(layer: _Layer, module: fx.GraphModule, parts: _Parts) -> list[fx.Node]:
     graph = module.graph
     node, axis = layer.node, layer.axis
     shape = shape_of(node)
@@ -267,11 +291,24 @@ def _rewrite(
                 swapped[node] = smaller
                 smaller = _copy(graph, layer.output, swapped)
                 smaller.meta["val"] = made[-1].meta["val"]
-        for holder, view in holders:
-            with graph.inserting_after(smaller):
-                _rebuild(graph, smaller, holder, view, part, shape, axis)
+        values: dict[tuple[fx.Node, ...], fx.Node] = {(): smaller}
+        for holder in holders:
+            value = _apply(graph, values, holder.functions)
+            with graph.inserting_after(value):
+                _rebuild(graph, value, holder.node, holder.view, part, shape, axis)
     graph.eliminate_dead_code()
     return made
+
+
+def _apply(graph: fx.Graph, values: dict[tuple[fx.Node, ...], fx.Node], functions: tuple[fx.Node, ...]) -> fx.Node:
+    """The functions of a part, made once for all that hold it; ``values`` are those that have been."""
+    if functions not in values:
+        before, function = _apply(graph, values, functions[:-1]), functions[-1]
+        with graph.inserting_after(before):
+            made = _copy(graph, function, {function.all_input_nodes[0]: before})
+        made.meta["val"] = function.meta["val"].new_empty(before.meta["val"].shape)
+        values[functions] = made
+    return values[functions]
 
 
 def _copy(graph: fx.Graph, node: fx.Node, swapped: Mapping[fx.Node, fx.Node]) -> fx.Node:

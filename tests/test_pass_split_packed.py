@@ -7,7 +7,7 @@ from modnorm_fx.passes.split_packed import MOST_PARTS, split_packed
 from staged import Staged, With, stage
 from torch import Tensor, nn
 
-from modnorm_fx import ATEN
+from modnorm_fx import ATEN, convert
 from modnorm_fx.atoms import Slice
 from modnorm_fx.slices import take_slice
 
@@ -93,6 +93,11 @@ LAYOUTS = {
         [(0, 16, 32), (16, 24, 32), (24, 32, 32)],
     ),
     "some features unused": (lambda t: F.silu(t[..., :8]) * t[..., 8:16], 2 * D, [(0, 8, 32), (8, 16, 32)]),
+    "clamped": (lambda t: chunked(t.clamp(-1, 1)), 3 * D, THIRDS),
+    "scaled and shifted": (lambda t: gpt_neox(1 - t / 4), 3 * D, PER_HEAD),
+    "an activation": (lambda t: (lambda a, b: a * b)(*torch.relu(t).chunk(2, -1)), 2 * D, HALVES),
+    "functions and views": (lambda t: timm(F.silu(t * 0.5).view(B, T, -1).clamp(max=1)), 3 * D, THIRDS),
+    "one part with a function": (lambda t: chunked(t) + (2 * t).chunk(3, -1)[0], 3 * D, THIRDS),
     "nested": (nested, 4 * D, [(0, D, 4 * D), (D, 2 * D, 4 * D), (2 * D, 3 * D, 4 * D), (3 * D, 4 * D, 4 * D)]),
 }
 WHOLE = {
@@ -105,7 +110,11 @@ WHOLE = {
     "a copy that mixes parts and batch": lambda t: (lambda a, b, c, d: a * b + c * d)(
         *t.reshape(B, T, 2, D).permute(2, 0, 1, 3).reshape(2 * B, T, D).unbind(0)
     ),
-    "a function first": lambda t: (lambda a, b: a * b)(*torch.relu(t).chunk(2, -1)),
+    "a norm layer first": lambda t: (lambda a, b: a * b)(*F.layer_norm(t, (2 * D,)).chunk(2, -1)),
+    "softmax first": lambda t: (lambda a, b: a * b)(*t.softmax(-1).chunk(2, -1)),
+    "a number for each feature first": lambda t: (lambda a, b: a * b)(*(t * torch.arange(2.0 * D)).chunk(2, -1)),
+    "a function that is used whole": lambda t: (lambda a, b: a * b)(*t.chunk(2, -1)) + t.clamp(-1, 1).sum(-1, True),
+    "the square of itself": lambda t: (lambda a, b: a * b)(*(t * t).chunk(2, -1)),
 }
 
 
@@ -198,6 +207,21 @@ def test_the_bias_is_cut_with_the_weight():
     sizes = [tuple(n.meta["val"].shape) for n in staged.module.graph.nodes if n.target is take_slice]
     assert sorted(sizes) == [(D,)] * 3 + [(D, D)] * 3
     assert parts(found(Layer(chunked, 3 * D, bias=False))) == expected(THIRDS, 3 * D)
+
+
+def test_functions_before_the_cut_or_behind_it_are_one_model():
+    """The same norm, and one clamp for all that holds a part."""
+
+    def behind(t):
+        return attend(*(heads(u.clamp(-1, 1)) for u in t.chunk(3, -1)))
+
+    def both(t):
+        t = t.clamp(-1, 1)
+        return attend(*map(heads, t.chunk(3, -1))) + t.chunk(3, -1)[0]
+
+    first, last = (convert(Layer(after, 3 * D), (X,)).targets for after in (lambda t: chunked(t.clamp(-1, 1)), behind))
+    assert first == pytest.approx(last) and len(first) == 6
+    assert found(Layer(both, 3 * D)).targets().count(torch.ops.aten.clamp.default) == 3
 
 
 def test_a_convolution():
