@@ -221,12 +221,28 @@ class _Search:
                 continue
             before, source = self.read_back(written[0]), written[1]
             chain = chains.get(before)
-            if chain is not None and (len(before.users) == 1 or self.behind(source, before)):
+            if chain is not None and (self.spent(before, node) or self.behind(source, before)):
                 chain.append(node)
             else:
                 chain = [node]
             chains[node] = chain
         return list({id(chain): chain for chain in chains.values()}.values())
+
+    def spent(self, node: fx.Node, write: fx.Node) -> bool:
+        """Whether nothing reads ``node`` but a write into it: ``y[:, t] = h`` also reads what it then copies over."""
+        for user in node.users:
+            if user is write or self.holds(user, write):
+                continue
+            over = is_call(user, aten.copy.default) and user.args[1] is not node
+            passes = is_call(user, *SLICES, *WRITES, *CASTS)
+            if not (over or (passes and self.spent(user, write))):
+                return False
+        return True
+
+    def holds(self, node: fx.Node, write: fx.Node) -> bool:
+        """Whether what a write writes is another, or holds it in turn (of a slice of a slice)."""
+        written = self.written(node)
+        return written is not None and (written[1] is write or self.holds(written[1], write))
 
     def writes(self, chain: list[fx.Node]) -> None:
         """By the number of entries. ``self`` keeps the rest where it held the signal everywhere: where it was there

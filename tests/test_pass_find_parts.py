@@ -235,6 +235,20 @@ def test_prompts_that_replace_places_of_a_stream() -> None:
     assert_measured(model, "stem.weight")
 
 
+def test_the_states_of_a_loop_leave_each_other_as_they_are() -> None:
+    """Written one after the other into an empty tensor: as when they are stacked, each moves its own place."""
+
+    def loop(x):
+        h, y = torch.zeros(len(x), WIDTH), torch.zeros_like(x)
+        for t in range(PLACES):
+            h = torch.tanh(x[:, t] + h)
+            y[:, t] = h
+        return y
+
+    found = parts(loop)
+    assert found and all(share == {"src": pytest.approx(1 / PLACES)} for share in found.values())
+
+
 def test_the_papers_convention_adds_all_paths() -> None:
     found = gains(Stream(by_cat, 1), convention="paper")
     assert found["stem.weight"] == 3.0  # the first place, the others, and the layer
