@@ -60,8 +60,8 @@ def zero_branches(leaves: Iterable[Leaf], tensors: Mapping[str, Tensor]) -> set[
     return zero if written else set()
 
 
-def padding_rows(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """Embeddings' tables and their rows for padding, which torch keeps at zero and gives no gradient."""
-    for module in model.modules():
+def padding_rows(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Names of embeddings' tables and their rows for padding, which torch keeps at zero and gives no gradient."""
+    for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
-            yield module.weight, module.padding_idx  # type: ignore[misc]
+            yield f"{path}.weight".removeprefix("."), int(module.padding_idx)

@@ -330,8 +330,9 @@ class ModularNorm:
                 leaf.atom.initialize_(part, leaf.initial, generator)
 
         self._each(tensors, fill, check=False)
-        for table, row in padding_rows(model):
-            if table.requires_grad:
+        for name, row in padding_rows(model):
+            table = tensors.get(self.aliases.get(name, name))
+            if table is not None:
                 table[row].zero_()
 
     @torch.no_grad()

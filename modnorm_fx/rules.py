@@ -25,7 +25,7 @@ from .regions import Region
 if TYPE_CHECKING:
     from .weight_atoms import Site
 
-__all__ = ["Call", "Local", "Rule", "RuleTable", "Operand", "STATUSES", "op_key", "operands"]
+__all__ = ["Call", "Local", "Rule", "RuleTable", "Operand", "STATUSES", "op_key", "operand_at", "operands"]
 
 #: ``exact``: equality, reached. ``bound``: never exceeded. ``typical``: expected value on Gaussian inputs of the
 #: tracked scales. ``declared``: a choice, with its reason. ``sampled``: estimated by running the op (never in a
@@ -252,6 +252,12 @@ def arguments(node: fx.Node, module: torch.nn.Module) -> tuple[Any, dict[str, An
         else:
             out[arg.name] = arg.default_value
     return target, out
+
+
+def operand_at(args: Mapping[str, Any], operand: Operand) -> fx.Node:
+    """The argument that an operand names."""
+    name, index = operand
+    return args[name] if index is None else args[name][index]
 
 
 def operands(args: Mapping[str, Any]) -> Iterator[tuple[Operand, fx.Node]]:

@@ -156,9 +156,10 @@ def _views(module: fx.GraphModule, inputs: tuple[Input, ...], rules: RuleTable) 
 def _takes_rows(node: fx.Node) -> bool:
     """Whether what is taken by an index from a matrix, a stack of them or a table is made of its rows (or, one for
     each, its columns): not single entries, and not an axis of a kernel in another arrangement."""
-    table, indices = node.args[:2]
-    (axis, *more) = [a for a, i in enumerate(indices) if i is not None]  # type: ignore[arg-type,union-attr]
-    return len(shape(table)) > 1 and not more and (axis == 0 or len(shape(node)) == len(shape(table)))  # type: ignore[arg-type]
+    args: Any = node.args
+    table, indices = args[:2]
+    axes = [a for a, i in enumerate(indices) if i is not None]
+    return len(shape(table)) > 1 and len(axes) == 1 and (axes == [0] or len(shape(node)) == len(shape(table)))
 
 
 def _repeats(view: Any, role: AtomFunction | None) -> bool:

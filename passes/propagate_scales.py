@@ -27,7 +27,7 @@ from modnorm_fx.capture import where
 from modnorm_fx.conventions import Convention
 from modnorm_fx.errors import UnknownOpError
 from modnorm_fx.quadrature import Sign
-from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, operands, shape_of
+from modnorm_fx.rules import Call, Local, Operand, Rule, RuleTable, arguments, operand_at, operands, shape_of
 
 from .bind_weights import IDENTITY, Affine
 from .canonicalize import CASTS, aten, number
@@ -247,7 +247,7 @@ def propagate_scales(
         facts.status[node] = status
         if status == "sampled" and key in rules:
             for op in _computed_matrices(rules[key], call, names):
-                facts.status[_maker(_operand(args, op), rules)] = status
+                facts.status[_maker(operand_at(args, op), rules)] = status
         if any(n in known.learned and facts.local[node][op] for op, n in wanted):
             known.learned.add(node)
         if key in SOFTMAX or _keeps_averages(key, call, [n for _, n in wanted if flow.signal(n)], rules):
@@ -317,11 +317,6 @@ def _maker(node: fx.Node, rules: RuleTable) -> fx.Node:
     while node.op == "call_function" and (node.target in CASTS or (node.target in rules and rules[node.target].view)):
         node = node.all_input_nodes[0]
     return node
-
-
-def _operand(args: Mapping[str, Any], operand: Operand) -> fx.Node:
-    name, index = operand
-    return args[name] if index is None else args[name][index]
 
 
 def _is_computed(node: fx.Node, module: fx.GraphModule) -> bool:

@@ -16,7 +16,7 @@ from modnorm_fx import weight_atoms
 from modnorm_fx.atoms import Atom, Scalar, Slice, Table
 from modnorm_fx.capture import where
 from modnorm_fx.errors import WeightError
-from modnorm_fx.rules import AtomFunction, Operand, RuleTable, arguments, operands
+from modnorm_fx.rules import AtomFunction, Operand, RuleTable, arguments, operand_at, operands, shape_of
 from modnorm_fx.slices import take_slice
 from modnorm_fx.weight_atoms import Site, einsum_labels
 
@@ -31,8 +31,8 @@ TO_SOFTMAX = CASTS | {
     aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.slice.Tensor,
     aten.tanh.default, aten.constant_pad_nd.default, aten.pad.default, aten.embedding.default,
 }  # fmt: skip
-#: roles in which a weight is a matrix
-MATRICES = frozenset(
+#: roles in which a weight is one factor of a product
+FACTORS = frozenset(
     {
         weight_atoms.linear,
         weight_atoms.linear_transposed,
@@ -108,7 +108,11 @@ def type_atoms(
             role = roles.get(use.operand[0], weight_atoms.source)
             if role is weight_atoms.joined or (role is weight_atoms.table and use.node.target in WRITES):
                 role = _role_of_joined(use.node, module, rules) or role
-            if "index" in use.through and role in MATRICES and use.view.dim() < min(2, _rank(args, use.operand)):
+            if (
+                "index" in use.through
+                and role in FACTORS
+                and use.view.dim() < min(2, len(shape_of(operand_at(args, use.operand))))
+            ):
                 raise WeightError(
                     "an index that depends on data makes a matrix of its entries",
                     why="its norm depends on which of them stand where",
@@ -154,13 +158,6 @@ def type_atoms(
             do="Pass unknown='sample' to estimate their effect, or add a rule (see CONTRIBUTING.md).",
         )  # fmt: skip
     return tuple(found)
-
-
-def _rank(args: Mapping[str, Any], operand: Operand) -> int:
-    """How many axes an operand has."""
-    name, index = operand
-    value = args[name] if index is None else args[name][index]
-    return value.meta["val"].dim()
 
 
 def _role_of_joined(node: fx.Node, module: fx.GraphModule, rules: RuleTable) -> AtomFunction | None:

@@ -83,3 +83,15 @@ def test_rows_for_padding_are_zero_as_torch_has_them() -> None:
     mn.convert(net, (torch.randint(0, 10, (2, 6)),)).initialize_(net)
     rows = net.words.weight.detach().norm(dim=1)
     assert rows[3] == 0 and (rows > 0).sum() == 9
+
+
+def test_rows_for_padding_of_tables_that_are_not_drawn_stay() -> None:
+    net = Frozen()
+    net.other = nn.Embedding(4, 2, padding_idx=1)
+    with pytest.warns(UserWarning, match="other.weight"):
+        norm = mn.convert(net, (torch.randint(0, 10, (2, 6)),))
+    net.words.requires_grad_(False)
+    for table in (net.words, net.other):
+        nn.init.ones_(table.weight)
+    norm.initialize_(net)
+    assert (net.words.weight == 1).all() and (net.other.weight == 1).all()
