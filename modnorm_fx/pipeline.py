@@ -45,6 +45,7 @@ from .passes.recognize_norms import recognize_norms
 from .passes.recognize_rotary import recognize_rotary
 from .passes.recognize_shares import recognize_shares
 from .passes.recognize_straight_through import recognize_straight_through
+from .passes.release_types import release_types
 from .passes.split_packed import split_packed
 from .passes.type_atoms import type_atoms
 from .passes.unfold_cells import unfold_cells
@@ -136,6 +137,7 @@ def convert(
     module, inputs = captured.graph_module, captured.inputs
     graph_as_captured = explain.graph(captured)  # the text is made now, later passes rewrite the graph
     stages["capture"] = lambda: graph_as_captured
+    run("release_types", release_types, module)
     found = {"cells": run("unfold_cells", unfold_cells, module)}
     held = made_of_numbers(inputs, captured.constants)
     found["computed"] = run("computed_weights", computed_weights, module, inputs, held, rules=rules, convention=chosen)

@@ -32,7 +32,7 @@ Use = tuple[str, int]
 
 WRITERS = (Linear, Conv, PatchConv, Experts, Gain)
 SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
-COPIED = frozenset({*CASTS, aten.type_as.default, aten.dropout.default})
+COPIED = frozenset({*CASTS, aten.dropout.default})
 #: what a stream passes without ending
 PASSED = COPIED | {aten.relu.default}
 #: what a branch may pass behind its last weight: copies and sums of its entries

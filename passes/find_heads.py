@@ -43,7 +43,7 @@ JOINS = frozenset({aten.cat.default, aten.slice_scatter.default})
 COPIES = frozenset({aten.repeat.default, aten.repeat_interleave.self_int})
 #: what works on each entry, or on the features of a head or of all heads, without mixing heads by learned numbers
 PASSED = SPATIAL | CASTS | {
-    aten.layer_norm.default, aten.rms_norm.default, aten.dropout.default, aten.roll.default, aten.type_as.default,
+    aten.layer_norm.default, aten.rms_norm.default, aten.dropout.default, aten.roll.default,
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar,
     aten.constant_pad_nd.default, aten.pad.default, aten.where.self, aten.masked_fill.Scalar,
 }  # fmt: skip

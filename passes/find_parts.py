@@ -53,7 +53,7 @@ SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk
 #: ops that keep places apart, of all operands that have those of the output
 PASSED = frozenset(
     {
-        *CASTS, aten.dropout.default, aten.type_as.default, aten.layer_norm.default,
+        *CASTS, aten.dropout.default, aten.layer_norm.default,
         aten.rms_norm.default, aten.softmax.int, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor,
         aten.mul.Scalar, aten.div.Scalar, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.ScalarOther,
         aten.where.ScalarSelf, "rms_norm", "layer_norm", "mean_subtract", "rotary", "pointwise", "straight_through",

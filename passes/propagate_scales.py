@@ -49,6 +49,7 @@ MATRICES = frozenset(
 )
 #: kind of a region that computes a matrix from parameters
 COMPUTED = "computed_weight"
+PADS = frozenset({aten.constant_pad_nd.default, aten.pad.default})
 #: ops whose output rows are averages, and what keeps them so: copies, masks, and what mixes rows (talking heads) or
 #: divides them by their sum
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
@@ -56,7 +57,7 @@ AVERAGE_KEEPERS = frozenset(
     {
         *CASTS, aten.dropout.default, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self,
         aten.where.ScalarOther, aten.where.ScalarSelf, aten.linear.default, aten.addmm.default, aten.conv2d.default,
-        aten.mul.Tensor, aten.add.Tensor, "shares",
+        aten.mul.Tensor, aten.add.Tensor, *PADS, "shares",
     }
 )  # fmt: skip
 
@@ -270,6 +271,8 @@ def _keeps_averages(key: Any, call: Call, signals: Sequence[fx.Node], rules: Rul
     them; or it multiplies them by values of their own (``(softmax(dt) * b) @ x`` averages b·x)."""
     if key is aten.mul.Tensor and len(signals) == 2 and len({shape_of(n) for n in signals}) == 1:
         return sum(n in call.averages for n in signals) == 1
+    if key in PADS and (call["value"] or call["mode"] not in (None, "constant")):
+        return False  # only zeros leave the sum of a row as it was
     row = rules.get(key)
     kept = key in AVERAGE_KEEPERS or (row is not None and row.view) or getattr(key, "__name__", "") == "getitem"
     return kept and bool(signals) and call.averages.issuperset(signals)

@@ -25,7 +25,7 @@ MATMULS = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 VIEWS = (
     aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.reshape.default, aten.dropout.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.type_as.default, *CASTS,
+    aten.unsqueeze.default, aten.squeeze.dim, *CASTS,
 )  # fmt: skip
 MASKS = (
     aten.add.Tensor, aten.sub.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self,

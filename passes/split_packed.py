@@ -46,8 +46,6 @@ LAYERS: dict[Any, tuple[str, int, int]] = {
 }
 #: where the bias stands, unless it is called so
 BIASES: dict[Any, str] = {aten.addmm.default: "self"}
-#: tensors in the type of their first argument, of which they take nothing else
-NEW = frozenset({aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default})
 #: functions of each entry of one tensor where what else they take are numbers, beside those that the rules know
 SCALAR = frozenset(
     {
@@ -106,7 +104,6 @@ def split_packed(
         users = [user for user in weight.users if user.target is not take_slice and user.target not in SHAPE_ONLY]
         return all((cut(user) or {}).keys() == parts.keys() for user in users)
 
-    _release_types(module.graph)
     _pick_before_copies(module.graph)
     count = 0
     todo = list(module.graph.nodes)
@@ -117,16 +114,6 @@ def split_packed(
             todo.extend(_rewrite(layer, module, parts))
             count += 1
     return count
-
-
-def _release_types(graph: fx.Graph) -> None:
-    """Has new tensors take their type from an input of the graph: a layer is not used whole by lending its own."""
-    inputs = list(graph.find_nodes(op="placeholder"))
-    for node in graph.nodes:
-        if node.target in NEW:
-            source: Any = node.args[0]
-            same = (i for i in inputs if getattr(i.meta.get("val"), "dtype", None) == source.meta["val"].dtype)
-            node.replace_input_with(source, next(same, source))
 
 
 def _pick_before_copies(graph: fx.Graph) -> None:

@@ -118,6 +118,28 @@ def test_softmax_rows_are_averages():
     assert output_scale(model) == pytest.approx(1.0)
 
 
+def chunked(value: float = 0.0):
+    """Rows of a softmax moved to the diagonal as sliding windows do it (Longformer): padded, and read at an offset."""
+
+    def function(s: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        rows = F.pad((x @ x.mT / 4 + s.b).softmax(-1), (0, 7), value=value)
+        skewed = rows.view(-1, 6 * 13)[:, :-6].view(-1, 6, 12)
+        return torch.einsum("bij,bjf->bif", skewed, torch.cat([s.l(x), s.l(x)], 1))
+
+    return With(function, b=(6, 6), l=nn.Linear(16, 16))
+
+
+def test_rows_that_are_padded_with_zeros_stay_averages():
+    assert output_scale(chunked()) == pytest.approx(1.0)
+    x, model = torch.randn(4, 6, 16), chunked()
+    shift = torch.randn(16)
+    before = model(x)
+    with torch.no_grad():
+        model.l.bias += shift
+    torch.testing.assert_close(model(x) - before, shift.expand_as(before), atol=1e-5, rtol=1e-5)
+    assert output_scale(chunked(-1.0)) != pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("function", [
     lambda x: x / torch.zeros(16), lambda x: F.normalize(0 * x),
 ])  # fmt: skip
