@@ -1,11 +1,10 @@
 """Pass (rewrite): a layer whose output is cut into parts becomes one layer per part.
 
 Fused QKV, the gate/up of a layer or of experts and the like are several weights in one tensor; which rows belong
-together shows only in what happens to the output, so it is followed forward until it is cut: through views, and through
-functions of each entry that have no weights (``clamp``, an activation, a number as factor). ``y = W x; q, k, v =
-y.split(d, -1)`` becomes ``q = W[0:d] x``, ...; interleaved layouts give periodic slices. A bias that is added to the
-output before it is cut is cut with it, and functions are taken of each part. From there on every pass sees ordinary
-layers whose weights are slices.
+together shows only in what happens to the output, so it is followed forward until it is cut (``cuts``). ``y = W x; q,
+k, v = y.split(d, -1)`` becomes ``q = W[0:d] x``, ...; interleaved layouts give periodic slices. What lies between the
+layer and the cut (a bias, an activation, a depthwise convolution) is cut with it. From there on every pass sees
+ordinary layers whose weights are slices.
 
 Assumes a functional graph and its flow. Promises the same outputs, up to the rounding of the smaller products.
 """
@@ -13,7 +12,7 @@ Assumes a functional graph and its flow. Promises the same outputs, up to the ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -26,9 +25,9 @@ from modnorm_fx.atoms import Slice
 from modnorm_fx.rules import RuleTable, arguments, shape_of
 from modnorm_fx.slices import take_slice
 
-from .canonicalize import aten, is_call, strip
+from .canonicalize import aten, is_call
+from .cuts import CONVOLUTIONS, Base, Cutter, Parts, Step, size
 from .flow import SHAPE_ONLY, Flow
-from .layout import feature_slice, replay
 
 #: op -> (weight operand, axis of the features in the weight, axis of the features in the output)
 LAYERS: dict[Any, tuple[str, int, int]] = {
@@ -46,28 +45,6 @@ LAYERS: dict[Any, tuple[str, int, int]] = {
 }
 #: where the bias stands, unless it is called so
 BIASES: dict[Any, str] = {aten.addmm.default: "self"}
-#: functions of each entry of one tensor where what else they take are numbers, beside those that the rules know
-SCALAR = frozenset(
-    {
-        aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.add.Tensor, aten.add.Scalar,
-        aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar,
-    }
-)  # fmt: skip
-#: more parts than any fused projection has (q, k, v, gate, ...); beyond it a model loops over heads, and its heads
-#: stay one matrix
-MOST_PARTS = 8
-
-
-@dataclass(frozen=True)
-class _Holder:
-    """A node that holds a part of a layer's output: as the ``view`` of it, after ``functions`` of each entry."""
-
-    node: fx.Node
-    view: torch.Tensor
-    functions: tuple[fx.Node, ...]
-
-
-_Parts = dict[Slice, list[_Holder]]
 
 
 @dataclass(frozen=True)
@@ -95,21 +72,22 @@ def split_packed(
         constants: values of the placeholders of constants: an index such as ``[[-2]]`` is one.
     """
 
-    def cut(node: fx.Node) -> _Parts | None:
-        layer = _layer(node, module, flow)
-        return _parts(layer, rules, constants) if layer else None
+    cutter = Cutter(module, flow, rules, constants, frozenset(LAYERS))
 
-    def alike(weight: fx.Node, parts: Mapping[Slice, object]) -> bool:
+    def cut(layer: _Layer | None) -> Parts | None:
+        return cutter.parts(layer.output, layer.axis) if layer else None
+
+    def alike(weight: fx.Node, parts: Parts) -> bool:
         """Whether all that read entries of the weight are layers that are cut the same way, or were."""
         users = [user for user in weight.users if user.target is not take_slice and user.target not in SHAPE_ONLY]
-        return all((cut(user) or {}).keys() == parts.keys() for user in users)
+        return all((cut(_layer(user, module, flow)) or {}).keys() == parts.keys() for user in users)
 
     _pick_before_copies(module.graph)
     count = 0
     todo = list(module.graph.nodes)
     while todo:
         layer = _layer(todo.pop(), module, flow)
-        parts = layer and _parts(layer, rules, constants)
+        parts = cut(layer)
         if layer and parts and alike(layer.weight, parts):
             todo.extend(_rewrite(layer, module, parts))
             count += 1
@@ -123,15 +101,15 @@ def _pick_before_copies(graph: fx.Graph) -> None:
         if not is_call(node, aten._unsafe_view.default, aten.reshape.default):
             continue
         source: Any = node.args[0]
-        size = shape_of(node)
-        picks = [_picks(user, len(size)) for user in node.users]
-        if shape_of(source)[:1] != size[:1] or None in picks:
+        shape = shape_of(node)
+        picks = [_picks(user, len(shape)) for user in node.users]
+        if shape_of(source)[:1] != shape[:1] or None in picks:
             continue
         for pick, index in chain.from_iterable(filter(None, picks)):
             with graph.inserting_before(pick):
                 part = graph.call_function(aten.select.int, (source, 0, index))
                 part.meta = dict(source.meta) | {"val": source.meta["val"].select(0, index)}
-                merged = graph.call_function(aten.reshape.default, (part, list(size[1:])))
+                merged = graph.call_function(aten.reshape.default, (part, list(shape[1:])))
                 merged.meta = dict(pick.meta)
             pick.replace_all_uses_with(merged)
     graph.eliminate_dead_code()
@@ -182,124 +160,75 @@ def _is_bias(node: fx.Node, axis: int, flow: Flow) -> bool:
     return shape_of(added)[-1:] == shape_of(node)[-1:]
 
 
-def _parts(layer: _Layer, rules: RuleTable, constants: Mapping[fx.Node, torch.Tensor]) -> _Parts | None:
-    """The slices the output is cut into, and the nodes that hold each; None where it is used whole or cut
-    irregularly."""
-    output = torch.empty(shape_of(layer.node), device="meta")
-    if not output.numel():
-        return None
-    stride, features = output.stride(layer.axis), output.shape[layer.axis]
-    parts: _Parts = {}
-    for holder in _cuts(_Holder(layer.output, output, ()), rules, constants, stride, features):
-        found = feature_slice(holder.view, stride, features)
-        if isinstance(found, str) or holder.view.numel() != output.numel() // features * _size(found, features):
-            return None
-        parts.setdefault(found, []).append(holder)
-    if not 2 <= len(parts) <= MOST_PARTS or _overlap(parts, features):
-        return None
-    return parts
-
-
-def _cuts(
-    whole: _Holder, rules: RuleTable, constants: Mapping[fx.Node, torch.Tensor], stride: int, features: int
-) -> Iterator[_Holder]:
-    """Follows the output through views and functions of each entry; yields where it is first cut along features, or
-    first used whole."""
-    node, value, functions = whole.node, whole.view, whole.functions
-    for user in node.users:
-        if _is_function(user, node, rules):
-            yield from _cuts(_Holder(user, value, (*functions, user)), rules, constants, stride, features)
-            continue
-        view = replay(user, value, rules) if user.target is not aten.index.Tensor else _indexed(user, value, constants)
-        if view is None:
-            yield whole
-            continue
-        # split, chunk, unbind: a tuple whose parts are picked by getitem
-        picks: list[tuple[fx.Node, Any]] = (
-            [(user, view)] if isinstance(view, torch.Tensor) else [(pick, view[pick.args[1]]) for pick in user.users]
-        )
-        for pick, part in picks:
-            holder = _Holder(pick, part, functions)
-            if feature_slice(part, stride, features) == "all":
-                yield from _cuts(holder, rules, constants, stride, features)
-            else:
-                yield holder
-
-
-def _is_function(node: fx.Node, source: fx.Node, rules: RuleTable) -> bool:
-    """Whether each entry of ``node`` is a function of that of ``source`` at its place, the same for all."""
-    if node.op != "call_function" or node.all_input_nodes != [source] or shape_of(node) != shape_of(source):
-        return False
-    row = rules.get(node.target)
-    return (node.target in SCALAR and source not in node.args[1:]) or (row is not None and row.pointwise)
-
-
-def _indexed(node: fx.Node, value: torch.Tensor, constants: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
-    """The view that ``value[..., index, :]`` is for a constant index in one run (Falcon's ``[-2]``), else None."""
-    args: Any = node.args
-    axes = [a for a, index in enumerate(args[1]) if index is not None]
-    index = constants.get(strip(args[1][axes[0]])) if len(axes) == 1 else None
-    if index is None or index.is_meta or index.dtype != torch.int64 or index.dim() != 1 or not index.numel():
-        return None
-    (axis,) = axes
-    places = (index % value.shape[axis]).tolist()
-    if places != list(range(places[0], places[0] + len(places))):
-        return None
-    return value.narrow(axis, places[0], len(places))
-
-
-def _size(part: Slice, features: int) -> int:
-    return features // part.period * (part.stop - part.start)
-
-
-def _overlap(parts: _Parts, features: int) -> bool:
-    indices = torch.arange(features)
-    seen = torch.zeros(features, dtype=torch.int)
-    for part in parts:
-        seen[part.read(indices)] += 1
-    return bool((seen > 1).any())
-
-
-def _rewrite(layer: _Layer, module: fx.GraphModule, parts: _Parts) -> list[fx.Node]:
+def _rewrite(layer: _Layer, module: fx.GraphModule, parts: Parts) -> list[fx.Node]:
+    """Returns the layers whose output may be cut now: the parts, and what is added to them."""
     graph = module.graph
     node, axis = layer.node, layer.axis
-    shape = shape_of(node)
+    base = Base(shape_of(node), axis)
     made = []
     for part, holders in parts.items():
-        width = _size(part, shape[axis])
+        shape = [*base.shape[:axis], size(part, base.features), *base.shape[axis + 1 :]]
         with graph.inserting_before(layer.output):
             swapped = {layer.weight: _take(graph, layer.weight, layer.weight_axis, part)}
             if layer.bias is not None:
                 swapped[layer.bias] = _take_bias(graph, layer.bias, part)
-            smaller = _copy(graph, node, swapped)
+            smaller = _copy(graph, node, swapped, shape)
             made.append(smaller)
-            smaller.meta["val"] = node.meta["val"].new_empty([*shape[:axis], width, *shape[axis + 1 :]])
             if layer.output is not node:
-                swapped[node] = smaller
-                smaller = _copy(graph, layer.output, swapped)
-                smaller.meta["val"] = made[-1].meta["val"]
-        values: dict[tuple[fx.Node, ...], fx.Node] = {(): smaller}
+                smaller = _copy(graph, layer.output, swapped | {node: smaller}, shape)
+        values: dict[tuple[Step, ...], fx.Node] = {(): smaller}
         for holder in holders:
-            value = _apply(graph, values, holder.functions)
-            with graph.inserting_after(value):
-                _rebuild(graph, value, holder.node, holder.view, part, shape, axis)
+            value = _apply(graph, values, holder.steps, part, base)
+            made.extend(step.layer for step in holder.steps if step.layer is not None)
+            holder.node.replace_all_uses_with(_arrange(graph, value, holder.view, part, holder.base, holder.node.meta))
     graph.eliminate_dead_code()
     return made
 
 
-def _apply(graph: fx.Graph, values: dict[tuple[fx.Node, ...], fx.Node], functions: tuple[fx.Node, ...]) -> fx.Node:
-    """The functions of a part, made once for all that hold it; ``values`` are those that have been."""
-    if functions not in values:
-        before, function = _apply(graph, values, functions[:-1]), functions[-1]
-        with graph.inserting_after(before):
-            made = _copy(graph, function, {function.all_input_nodes[0]: before})
-        made.meta["val"] = function.meta["val"].new_empty(before.meta["val"].shape)
-        values[functions] = made
-    return values[functions]
+def _apply(
+    graph: fx.Graph, values: dict[tuple[Step, ...], fx.Node], steps: tuple[Step, ...], part: Slice, base: Base
+) -> fx.Node:
+    """The steps of a part, made once for all that hold it; ``values`` are those that have been."""
+    if steps in values:
+        return values[steps]
+    value, step = _apply(graph, values, steps[:-1], part, base), steps[-1]
+    base = next((s.base for s in reversed(steps[:-1]) if s.base is not None), base)
+    shape, swapped = list(shape_of(value)), {}
+    if step.view is not None and step.base is not None:
+        axis, features = step.base.axis, step.base.features
+        view = step.view.unflatten(axis, (-1, part.period)).narrow(axis + 1, part.start, part.stop - part.start)
+        value = _arrange(graph, value, view, part, base, step.source.meta)
+        shape = list(step.base.shape)
+        shape[axis] = size(part, features)
+        with graph.inserting_before(step.node):
+            value = _reshape(graph, value, [*view.shape[:axis], shape[axis], *view.shape[axis + 2 :]])
+            swapped = {
+                operand: _take(graph, operand, along, part)
+                if step.layer is None
+                else _pick(graph, operand, along, part)
+                for operand, along in step.slices.items()
+            }
+    with graph.inserting_before(step.node):
+        values[steps] = _copy(graph, step.node, swapped | {step.source: value}, shape)
+    if is_call(step.node, *CONVOLUTIONS):
+        _set(values[steps], "groups", shape[1])
+    return values[steps]
 
 
-def _copy(graph: fx.Graph, node: fx.Node, swapped: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    return graph.node_copy(node, lambda n: swapped.get(n, n))
+def _copy(graph: fx.Graph, node: fx.Node, swapped: Mapping[fx.Node, fx.Node], shape: list[int]) -> fx.Node:
+    """``node`` with other operands, where it makes something of ``shape``."""
+    copy = graph.node_copy(node, lambda n: swapped.get(n, n))
+    copy.meta["val"] = node.meta["val"].new_empty(shape)
+    return copy
+
+
+def _set(node: fx.Node, name: str, value: Any) -> None:
+    """Gives an op another argument, as it was given the one that it has."""
+    place = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    if place < len(node.args):
+        node.update_arg(place, value)
+    else:
+        node.update_kwarg(name, value)
 
 
 def _take(graph: fx.Graph, weight: fx.Node, axis: int, part: Slice) -> fx.Node:
@@ -315,21 +244,36 @@ def _take_bias(graph: fx.Graph, bias: fx.Node, part: Slice) -> fx.Node:
         return _take(graph, bias, len(shape_of(bias)) - 1, part)
     whole: Any = bias.args[0]
     taken = _take(graph, whole, len(shape_of(whole)) - 1, part)
-    rows = _copy(graph, bias, {whole: taken})
-    rows.meta["val"] = take_slice(bias.meta["val"], len(shape_of(bias)) - 1, part.start, part.stop, part.period)
-    return rows
+    shape = [*shape_of(bias)[:-1], size(part, shape_of(bias)[-1])]
+    return _copy(graph, bias, {whole: taken}, shape)
 
 
-def _rebuild(
-    graph: fx.Graph, layer: fx.Node, holder: fx.Node, view: torch.Tensor, part: Slice, shape: tuple[int, ...], axis: int
-) -> None:
-    """Replaces ``holder`` by the same arrangement of the smaller layer's output: a view, then a permutation.
+def _pick(graph: fx.Graph, operand: fx.Node, axis: int, part: Slice) -> fx.Node:
+    """The part of a signal, as views that show where it is cut, and what joins the periods."""
+    shape = list(shape_of(operand))
+    periods = _reshape(graph, operand, [*shape[:axis], shape[axis] // part.period, part.period, *shape[axis + 1 :]])
+    picked = graph.call_function(aten.slice.Tensor, (periods, axis + 1, part.start, part.stop))
+    picked.meta = dict(operand.meta) | {"val": periods.meta["val"].narrow(axis + 1, part.start, part.stop - part.start)}
+    shape[axis] = size(part, shape[axis])
+    return _reshape(graph, picked, shape)
+
+
+def _reshape(graph: fx.Graph, value: fx.Node, shape: list[int]) -> fx.Node:
+    made = graph.call_function(aten.reshape.default, (value, shape))
+    made.meta = dict(value.meta) | {"val": value.meta["val"].reshape(shape)}
+    return made
+
+
+def _arrange(
+    graph: fx.Graph, value: fx.Node, view: torch.Tensor, part: Slice, base: Base, meta: Mapping[str, Any]
+) -> fx.Node:
+    """The arrangement that ``view`` is of the whole, of ``value``, which is a part of it: a view, then a permutation.
 
     ``view`` gives each dimension's stride in the packed output; in the smaller one a feature stride shrinks from
     periods to parts and a position stride by the share of features kept.
     """
-    features, unit = shape[axis], math.prod(shape[axis + 1 :])
-    width, kept = part.stop - part.start, _size(part, shape[axis])
+    features, unit = base.features, math.prod(base.shape[base.axis + 1 :])
+    width, kept = part.stop - part.start, size(part, features)
 
     def shrunk(stride: int) -> int:
         if stride < unit:
@@ -341,12 +285,13 @@ def _rebuild(
 
     strides = view.stride()
     dims = sorted(range(view.dim()), key=lambda d: (view.shape[d] > 1, -shrunk(strides[d])))
-    arranged = graph.call_function(aten.view.default, (layer, [view.shape[d] for d in dims]))
-    arranged.meta = dict(holder.meta) | {"val": layer.meta["val"].view([view.shape[d] for d in dims])}
-    result = arranged
+    with graph.inserting_after(value):
+        arranged = graph.call_function(aten.reshape.default, (value, [view.shape[d] for d in dims]))
+    arranged.meta = dict(meta) | {"val": value.meta["val"].reshape([view.shape[d] for d in dims])}
     order = [dims.index(d) for d in range(len(dims))]
-    if order != sorted(order):
-        with graph.inserting_after(arranged):
-            result = graph.call_function(aten.permute.default, (arranged, order))
-        result.meta = dict(holder.meta) | {"val": arranged.meta["val"].permute(order)}
-    holder.replace_all_uses_with(result)
+    if order == sorted(order):
+        return arranged
+    with graph.inserting_after(arranged):
+        result = graph.call_function(aten.permute.default, (arranged, order))
+    result.meta = dict(meta) | {"val": arranged.meta["val"].permute(order)}
+    return result

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from modnorm_fx.passes.split_packed import MOST_PARTS, split_packed
+from modnorm_fx.passes.cuts import MOST_PARTS
+from modnorm_fx.passes.split_packed import split_packed
 from staged import Staged, With, stage
 from torch import Tensor, nn
 
@@ -351,6 +352,69 @@ def test_a_constant_index_is_a_slice(index: list[int], parts: int):
     staged.module.recompile()
     assert staged.error() < 1e-5
     assert len(staged.typed()) == max(parts, 1)
+
+
+def lora(own, x: Tensor) -> Tensor:
+    return x @ own.w + 0.5 * (x @ own.a @ own.b)
+
+
+def two_adapters(own, x: Tensor) -> Tensor:
+    return lora(own, x) - (x.relu() @ own.c) @ own.d
+
+
+def causal(own, x: Tensor) -> Tensor:
+    """A depthwise convolution over positions that sees the past alone, as Mamba-2 has it behind its projection."""
+    t = F.conv1d((x @ own.w).transpose(1, 2), own.kernel, own.shift, padding=3, groups=3 * D)
+    return F.silu(t[..., :T]).transpose(1, 2)
+
+
+#: name -> (what lies before the cut, its weights, the tensors that are cut with the layer and along which axis)
+BETWEEN = {
+    "LoRA": (lora, dict(w=(D, 3 * D), a=(D, 2), b=(2, 3 * D)), {"w": 1, "b": 1}),
+    "two adapters": (
+        two_adapters,
+        dict(w=(D, 3 * D), a=(D, 2), b=(2, 3 * D), c=(D, 2), d=(2, 3 * D)),
+        {"w": 1, "b": 1, "d": 1},
+    ),
+    "a gain": (lambda own, x: own.g * F.linear(x, own.w), dict(w=(3 * D, D), g=(3 * D,)), {"w": 0, "g": 0}),
+    "a gain, a bias, a function": (
+        lambda own, x: torch.tanh(F.linear(x, own.w) / own.g + own.b),
+        dict(w=(3 * D, D), g=(3 * D,), b=(3 * D,)),
+        {"w": 0, "g": 0, "b": 0},
+    ),
+    "a depthwise convolution": (
+        causal, dict(w=(D, 3 * D), kernel=(3 * D, 1, 4), shift=(3 * D,)), {"w": 1, "kernel": 0, "shift": 0}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cut", [chunked, gpt_neox, timm])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_works_on_each_feature_is_cut_with_the_layer(name: str, cut):
+    before, weights, axes = BETWEEN[name]
+    period = 3 * SIZE if cut is gpt_neox else 3 * D
+    staged = stage(With(lambda own, x: cut(before(own, x)), **weights), X)
+    assert staged.rewrite("packed")["packed"] >= 1 and staged.error() < 1e-5
+    found = staged.typed()
+    for name in weights:
+        parts = sorted(
+            (p.axis, p.start, p.stop, p.period) for w in found.values() if w.parameter == name for p in w.slices
+        )
+        expected = (
+            [(axes[name], i * period // 3, (i + 1) * period // 3, period) for i in range(3)] if name in axes else []
+        )
+        assert parts == expected
+
+
+def test_a_layer_behind_which_a_signal_of_no_layer_is_added_stays_whole():
+    staged = stage(With(lambda own, x: chunked(x @ own.w + x.repeat(1, 1, 3)), w=(D, 3 * D)), X)
+    assert staged.rewrite("packed") == {"packed": 0} and staged.error() == 0.0
+
+
+def test_a_gain_that_has_another_use_leaves_the_layer_whole():
+    model = With(lambda own, x: chunked((x @ own.w) * own.g) * own.g.sum(), w=(D, 3 * D), g=(3 * D,))
+    staged = stage(model, X)
+    assert staged.rewrite("packed") == {"packed": 0} and staged.error() == 0.0
 
 
 def test_what_is_added_and_is_no_bias_leaves_the_layer_whole():
