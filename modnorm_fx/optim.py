@@ -175,6 +175,7 @@ class ModularOptimizer(Optimizer):
             self.base.state_dict(),
             self.norm,
             mode=self.mode,
+            base=type(self.base).__name__,
             leaves=self._remembered(),
             base_lr=list(self._base_step.lr),
         )
@@ -188,7 +189,7 @@ class ModularOptimizer(Optimizer):
         Raises:
             FormatError: it is not a checkpoint of a ModularOptimizer, is of another version, or is damaged.
             OptimizerError: it was saved with another norm (also one of other masses or another convention), another
-                `mode` or other parameter groups.
+                `mode`, a base of another class or other parameter groups.
         """
         if not isinstance(state_dict, dict):
             raise FormatError(

@@ -54,12 +54,12 @@ class Saved:
     base_lr: list[float]
 
 
-def pack(packed: dict[str, Any], base: dict[str, Any], norm: ModularNorm, **entries: Any) -> dict[str, Any]:
+def pack(packed: dict[str, Any], base_state: dict[str, Any], norm: ModularNorm, **entries: Any) -> dict[str, Any]:
     """The state dict of a wrapper, from what torch's `state_dict` gives for it and for its base."""
-    packed["state"] = base.pop("state")
-    packed["base_param_groups"] = base.pop("param_groups")
+    packed["state"] = base_state.pop("state")
+    packed["base_param_groups"] = base_state.pop("param_groups")
     targets = {leaf.key: leaf.target for leaf in norm.leaves}
-    about = {"version": VERSION, "digest": norm.digest, "targets": targets, **entries, "base_extra": base}
+    about = {"version": VERSION, "digest": norm.digest, "targets": targets, **entries, "base_extra": base_state}
     packed["modnorm"] = about
     torch.save(about, file := io.BytesIO())
     norm_as_bytes = file.getvalue()
@@ -75,7 +75,7 @@ def unpack(state_dict: Mapping[str, Any], opt: ModularOptimizer) -> Saved:
 
     Raises:
         FormatError: it is not the state of a ModularOptimizer, of another version, or damaged.
-        OptimizerError: it is that of another norm, another mode, or other parameter groups.
+        OptimizerError: it is that of another norm, mode or class of base, or other parameter groups.
     """
     groups: Any = state_dict.get("param_groups")
     whole = isinstance(groups, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
@@ -92,7 +92,7 @@ def unpack(state_dict: Mapping[str, Any], opt: ModularOptimizer) -> Saved:
         vectors = entry.get("vectors") if isinstance(entry, Mapping) else None
         good = isinstance(vectors, list) and all(isinstance(vector, Tensor) for vector in vectors)
         _require(good and isinstance(entry.get("steps"), int), f"the power vectors of {key}")
-    _check_norm(saved, opt)
+    _check_setting(saved, opt)
     sizes = [len(group["params"]) for group in opt.param_groups]
     if [len(group["params"]) for group in groups] != sizes:
         raise OptimizerError(
@@ -155,7 +155,7 @@ def _parts(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> tuple
     return saved | {"base_lr": [entry.get("base_lr") for entry in carried]}, theirs  # groups may be in another order
 
 
-def _check_norm(saved: dict[str, Any], opt: ModularOptimizer) -> None:
+def _check_setting(saved: dict[str, Any], opt: ModularOptimizer) -> None:
     now = {leaf.key: leaf.target for leaf in opt.norm.leaves}
     then = saved.get("targets", now)  # not there in states saved before they were
     _require(isinstance(then, dict) and all(isinstance(target, Real) for target in then.values()), "'targets'")
@@ -178,6 +178,14 @@ def _check_norm(saved: dict[str, Any], opt: ModularOptimizer) -> None:
         raise OptimizerError(
             f"This optimizer state was saved with mode={saved.get('mode')!r}; this optimizer has mode={opt.mode!r}.",
             do=f"pass mode={saved.get('mode')!r} to ModularOptimizer; {ON_PURPOSE}",
+        )
+    name = type(opt.base).__name__
+    then_base = saved.get("base", name)  # not there in states saved before it was
+    if then_base != name:
+        raise OptimizerError(
+            f"This optimizer state was saved with {then_base} as the base; this optimizer has {name}.",
+            why="another class would take from it what happens to bear the same name, or nothing",
+            do=f"wrap {then_base}; {ON_PURPOSE}",
         )
 
 
