@@ -58,6 +58,9 @@ __all__ = ["convert"]
 Result = TypeVar("Result")
 #: targets above this are named: a step of lr 1e-3 would change a weight of norm 1 a thousandfold
 FAR = 1e6
+#: sensitivity · scale above this is named: it is near 1 in a model of any depth whose layers are understood (GPT-2's
+#: positions, whose rows are small, have the largest of the usual ones, 20), and a power of the depth where one is not
+COMPOUNDED = 1e3
 #: agreement asked of the tree's recursion and the reverse sweep; both are a few hundred float64 products
 AGREEMENT = 1e-6
 
@@ -227,7 +230,14 @@ def convert(
     selected = captured.outputs if outputs is not None else ()
     stopped = {name: stops[name] for name in norm.unused if stops.get(name)}
     unused = tuple(name for name in norm.unused if name not in stopped)
-    for text in (_unused(unused, selected), _stopped(stopped), _partly_used(norm), _sampled(norm), _far(norm)):
+    for text in (
+        _unused(unused, selected),
+        _stopped(stopped),
+        _partly_used(norm),
+        _sampled(norm),
+        _far(norm),
+        _compounds(norm),
+    ):
         if text:
             warnings.warn(text, stacklevel=2)
     return norm
@@ -272,6 +282,21 @@ def _far(norm: ModularNorm) -> str:
         + ("them" if len(far) > 1 else "it")
         + ". Where a large number is added to a signal as a mask, write masked_fill or "
         "torch.where; norm.explain('scales') shows where a signal becomes large."
+    )
+
+
+def _compounds(norm: ModularNorm) -> str:
+    """Names weights whose steps would be next to nothing, because their effect seems to grow with every layer."""
+    grown = {leaf.key: leaf.sensitivity * leaf.scale for leaf in norm.leaves}
+    grown = {key: product for key, product in grown.items() if norm.convention.tracks_scales and product > COMPOUNDED}
+    if not grown:
+        return ""
+    key = max(grown, key=lambda key: grown[key])
+    return (
+        f"By the norm's numbers the output moves {grown[key]:.3g} times as far as {key} (in relative terms; above "
+        f"{COMPOUNDED:g} for {len(grown)} weight{'s' if len(grown) > 1 else ''}), so that steps there are next to "
+        "nothing. Effects that grow with every layer are seldom real: more often a layer is not understood. "
+        "norm.explain('scales') shows where they grow; masses or norm.tare give these weights larger steps."
     )
 
 

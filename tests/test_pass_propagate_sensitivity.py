@@ -1,11 +1,16 @@
 """The reverse sweep against all paths written out."""
 
+import warnings
+
 import pytest
+import torch
 from hypothesis import given, settings
 from modnorm_fx.passes.propagate_sensitivity import output_nodes
 from random_nets import CONVENTIONS, Net, expected_gains, facts, programs
+from staged import With
 from torch import nn
 
+import modnorm_fx as mn
 from modnorm_fx.conventions import PAPER, TRACKED
 
 
@@ -83,3 +88,31 @@ def test_a_dead_branch_has_no_sensitivity():
     gains = facts(Dead(), TRACKED).sensitivities.gains
     assert {key for (key, _), gain in gains.items() if gain > 0} == {"used.weight", "used.bias"}
     assert {gain for (key, _), gain in gains.items() if key.startswith("dead")} == {0.0}
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_effects_that_grow_with_every_layer_are_named(layers: int):
+    """``sin(20 y)`` is chaotic, so that here they do: as autograd has it for a small change of the first weight."""
+
+    def waves(s, x):
+        y = s.a(x)
+        for _ in range(layers):
+            y = torch.sin(20 * y)
+        return s.b(y)
+
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = With(waves, a=nn.Linear(16, 16, bias=False), b=nn.Linear(16, 16, bias=False)).double()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        norm = mn.convert(model, (x,))
+    norm.initialize_(model, torch.Generator().manual_seed(0))
+    change = torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    change /= torch.linalg.matrix_norm(change, 2)
+
+    def output(weight):
+        return torch.func.functional_call(model, {"a.weight": weight}, (x,))
+
+    _, moved = torch.func.jvp(output, (model.a.weight.detach(),), (change,))
+    grown = float(moved.norm() / output(model.a.weight.detach()).norm()) > 1e3
+    named = [str(w.message) for w in caught if "times as far as a.weight" in str(w.message)]
+    assert grown == (layers == 4) and len(named) == grown
