@@ -57,7 +57,7 @@ class Base:
         return torch.empty(self.shape, device="meta")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """An op between the layer and the cut that can be had of a part of the features.
 
@@ -75,12 +75,6 @@ class Step:
     base: Base | None = None
     slices: Mapping[fx.Node, int] = field(default_factory=dict)
     layer: fx.Node | None = None
-
-    def __hash__(self) -> int:
-        return hash(self.node)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Step) and other.node is self.node
 
 
 @dataclass(frozen=True)
