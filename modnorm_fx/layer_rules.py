@@ -9,7 +9,7 @@ import torch
 from . import weight_atoms as atom_of
 from .matrix_atoms import met_taps
 from .rules import Call, Local, RuleTable
-from .slices import take_slice
+from .slices import returned, take_slice
 
 __all__ = ["LAYERS"]
 
@@ -152,6 +152,12 @@ def computed_weight(call: Call) -> Local:
 @LAYERS.rule(take_slice, status="declared", source="some of the entries, of the same size")
 def sliced(call: Call) -> Local:
     return Local(call.scale("weight"), {"weight": 1.0})
+
+
+@LAYERS.rule(returned, status="declared", weights={"weight": atom_of.source},
+             source="an output of size 1, whatever it stands for")  # fmt: skip
+def output(call: Call) -> Local:
+    return Local(1.0, {"weight": 1.0})
 
 
 @LAYERS.rule("rotary", status="exact", source="a rotation of pairs of features")

@@ -46,6 +46,7 @@ from .passes.recognize_rotary import recognize_rotary
 from .passes.recognize_shares import recognize_shares
 from .passes.recognize_straight_through import recognize_straight_through
 from .passes.release_types import release_types
+from .passes.return_weights import return_weights
 from .passes.split_packed import split_packed
 from .passes.type_atoms import type_atoms
 from .passes.unfold_cells import unfold_cells
@@ -146,6 +147,8 @@ def convert(
     found["computed"] = run("computed_weights", computed_weights, module, inputs, held, rules=rules, convention=chosen)
     found["norms"] = run("recognize_norms", recognize_norms, module)
     flow = run("flow", classify_flow, module, inputs, rules=rules)
+    if run("return_weights", return_weights, module, flow):
+        flow = run("flow", classify_flow, module, inputs, rules=rules)
     found["stacked"] = run("unstack_weights", unstack_weights, module, flow)
     found["straight_through"] = run("recognize_straight_through", recognize_straight_through, module, flow)
     found["rotary"] = run("recognize_rotary", recognize_rotary, module, flow)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from . import weight_atoms as atom_of
 from .quadrature import Sign, joint_moments
-from .rules import Call, Local, RuleTable
+from .rules import Call, Local, RuleTable, shape_of
 
 __all__ = ["REDUCTIONS"]
 
@@ -213,10 +214,54 @@ def write(call: Call) -> Local:
     return _written(call, name, min(1.0, math.prod(call.shape(name)) / max(1, math.prod(call.shape("self")))))
 
 
+#: writes -> where what is written stands among their arguments
+WRITES: dict[Any, int] = {
+    aten.slice_scatter.default: 1, aten.select_scatter.default: 1, aten.diagonal_scatter.default: 1,
+    aten.index_put.default: 2, aten.scatter.src: 3, aten.index_copy.default: 3,
+}  # fmt: skip
+#: tensors that hold nothing yet
+EMPTY = frozenset(
+    {
+        aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.empty.memory_format,
+        aten.empty_like.default, aten.new_empty.default,
+    }
+)  # fmt: skip
+
+
+def _was_empty(write: fx.Node) -> bool:
+    """Whether there was nothing in the places that are written: those of the steps of a loop, of an expert each. So it
+    is taken to be where a tensor starts empty, no place is given twice or read before it is written, and no more is
+    written than it has entries."""
+    entries, places = 0, []
+    node: Any = write
+    while node.target in WRITES:
+        at = WRITES[node.target]
+        if _reads(node.args[at], node.args[0]):
+            return False
+        entries += math.prod(shape_of(node.args[at]))
+        places.append(repr([a for i, a in enumerate(node.args) if i not in (0, at)]))
+        node = node.args[0]
+    once = len(places) == len(set(places))
+    return node.target in EMPTY and once and entries <= math.prod(shape_of(write))
+
+
+def _reads(node: Any, source: Any) -> bool:
+    """Whether ``node`` is computed from ``source``."""
+    todo, seen = [node], {node}
+    while todo and source not in seen:
+        node = todo.pop()
+        before = node.args[1:2] if node.target is aten.copy.default else node.all_input_nodes  # what was there is gone
+        new = {n for n in before if n >= source and n not in seen}
+        seen |= new
+        todo += new
+    return source in seen
+
+
 def _written(call: Call, name: str, share: float) -> Local:
     if not call.convention.tracks_scales:
         return Local(1.0, {"self": 1.0, name: 1.0})
-    scale = math.sqrt((1 - share) * call.scale("self") ** 2 + share * call.scale(name) ** 2)
+    left = 1.0 if _was_empty(call.node) else 1 - share
+    scale = math.sqrt(left * call.scale("self") ** 2 + share * call.scale(name) ** 2)
     dim, rank = call["dim"], len(call.shape())
     along_features = dim is not None and int(dim) % rank in call.features.get(call.node, frozenset())
     parts = along_features or call.node.target is aten.select_scatter.default or call.part(name) is not None

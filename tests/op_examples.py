@@ -7,7 +7,7 @@ from op_calls import Example, T, W
 from sum_examples import SUMS
 
 from modnorm_fx.shape_rules import RESIZED
-from modnorm_fx.slices import take_slice
+from modnorm_fx.slices import returned, take_slice
 
 aten = torch.ops.aten
 
@@ -313,6 +313,7 @@ EXAMPLES: dict[object, list[Example]] = {
         Example((torch.zeros(6, 8, dtype=torch.float64), X), check="exact_sensitivity", run=written_over)
     ],
     take_slice: [moves(X, 1, 2, 5, 8)],
+    returned: [moves(T((6, 8), 1.0))],
     aten.index.Tensor: [moves(X, [torch.tensor([0, 3, 3])])],
     # masks
     aten.masked_fill.Scalar: [Example((T((6, 8), 0.7, "sign"), MASK, 0.0))],

@@ -140,6 +140,38 @@ def test_rows_that_are_padded_with_zeros_stay_averages():
     assert output_scale(chunked(-1.0)) != pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("start", [torch.zeros_like, torch.ones_like])
+@pytest.mark.parametrize("places", [
+    [slice(0, 3), slice(3, 4), slice(4, 8)], [slice(0, 3), slice(3, 4)], [0, 1, 2, 3, 4, 5, 6, 7],
+    [torch.tensor([0, 5, 7]), torch.tensor([1, 2, 3, 4, 6])], [torch.arange(8) % 3 == i for i in range(3)],
+])  # fmt: skip
+def test_writes_to_different_places(places, start):
+    """As measured with rotations for the layers: what was written stays, and counts for what it is."""
+
+    def function(s, x):
+        y = start(x)
+        for layer, place in zip(s.layers, places, strict=True):
+            y[place] = layer(x[place])
+        return y
+
+    layers = nn.ModuleList(nn.utils.parametrizations.orthogonal(nn.Linear(16, 16, bias=False)) for _ in places)
+    for layer in layers:
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    model, x = With(function, layers=layers), torch.randn(8, 16)
+    x /= x.square().mean(-1, keepdim=True).sqrt()
+    assert output_scale(model, x) == pytest.approx(float(model(x).detach().square().mean().sqrt()), rel=1e-4)
+
+
+def test_a_place_that_is_written_twice_counts_once():
+    def function(s, x):
+        y = torch.zeros_like(x)
+        y[:4] = s.a(x[:4])
+        y[:4] = s.b(x[:4])
+        return y
+
+    assert output_scale(With(function, a=nn.Linear(16, 16), b=nn.Linear(16, 16)), torch.randn(8, 16)) < 1.0
+
+
 @pytest.mark.parametrize("function", [
     lambda x: x / torch.zeros(16), lambda x: F.normalize(0 * x),
 ])  # fmt: skip
