@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from . import tree as T
 from ._updates import check_measurable
 from .atoms import Atom, Slice, Tied
+from .binding import Binding
 from .conventions import Convention
 from .errors import MassError, ModelMismatchError, ModnormError, NonFiniteError
 from .explain import Conversion
@@ -113,7 +113,7 @@ class ModularNorm:
     unused: tuple[str, ...] = ()
     stages: Mapping[str, Callable[[], str]] = field(default_factory=dict, repr=False)
     conversion: Conversion | None = field(default=None, repr=False)
-    _parameters: Mapping[int, tuple[weakref.ref, str]] = field(default_factory=dict, repr=False)
+    _binding: Binding = field(default_factory=Binding, repr=False)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -179,12 +179,13 @@ class ModularNorm:
         return dict(found)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ModularNorm:
-        """Itself: a norm is immutable, and stays bound to the same parameters."""
-        return self
+        """Itself, as it is immutable; where the model was copied before it, one that is bound to the copy."""
+        binding = self._binding.copied(memo)
+        return self if binding is None else replace(self, _binding=binding)
 
     def __getstate__(self) -> dict[str, object]:
         """For pickling: without the stages and without the binding, which is by identity: ``bind`` the copy anew."""
-        return self.__dict__ | {"stages": {}, "_parameters": {}}
+        return self.__dict__ | {"stages": {}, "_binding": Binding()}
 
     # --- binding to a model -----------------------------------------------------------------------------------------
 
@@ -194,23 +195,22 @@ class ModularNorm:
         Raises:
             ModelMismatchError: names or shapes differ from those the norm was inferred for; the differences are listed.
         """
-        names: dict[int, tuple[weakref.ref, str]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in model.named_parameters():
-            names[id(parameter)] = (weakref.ref(parameter), name)
-            shapes[name] = tuple(parameter.shape)
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if shapes != dict(self.shapes):
             raise ModelMismatchError(
                 f"This norm was inferred for another model than this {type(model).__name__}.",
                 why=_differences(dict(self.shapes), shapes),
                 do="Convert this model, or build it with the configuration it was saved with.",
             )
-        return replace(self, _parameters=names)
+        return replace(self, _binding=Binding.of(model))
 
     def parameter_name(self, parameter: Tensor) -> str | None:
-        """The qualified name of a parameter of the bound model, by identity; None for any other tensor."""
-        found = self._parameters.get(id(parameter))
-        return found[1] if found and found[0]() is parameter else None
+        """The qualified name of a parameter of the bound model, by identity; None for any other tensor.
+
+        Raises:
+            ModelMismatchError: it was tied since the model was converted.
+        """
+        return self._binding.name(parameter)
 
     # --- changing ---------------------------------------------------------------------------------------------------
 

@@ -425,7 +425,8 @@ class ModularOptimizer(Optimizer):
             raise OptimizerError(
                 f"The norm does not know {len(unknown)} of the optimizer's parameters: {shown}.",
                 why="they are not parameters of the model that was converted",
-                do="convert the model after the last change to it, and give the optimizer that model's parameters",
+                do="convert the model after the last change to it, and give the optimizer that model's parameters; if "
+                "both were copied or loaded, opt.norm = opt.norm.bind(model)",
             )
 
     def _refuse_nonfinite(self, active: Active, gradients: list[Tensor]) -> None:

@@ -41,7 +41,7 @@ FLOW: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),  # fmt: skip
     ("tree", ("tree",)),
     ("passes", ("passes",)),
-    ("norm", ("explain", "initialization", "norm", "norm_json")),
+    ("norm", ("explain", "initialization", "binding", "norm", "norm_json")),
     ("pipeline", ("pipeline",)),
     ("report", ("report_rows", "report")),
     ("codegen", ("buckets", "atom_code", "normalizer", "codegen")),

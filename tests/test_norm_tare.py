@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from every_atom import CASES, CONVENTIONS, updates
+from staged import With
 from torch import nn
 
 import modnorm_fx as mn
@@ -108,3 +109,21 @@ def test_tare_refusals():
             norm.tare("qkv", bad)
     with pytest.raises(MassError, match="All masses would be zero"):
         norm.tare("", 0.0)
+
+
+def test_adapters_can_have_all_of_the_mass():
+    """The README's call: what is frozen counts for nothing, and a step of what trains moves the output by all of lr."""
+
+    def adapted(s, x):
+        return s.base(x) + s.up(s.down(x))
+
+    model = With(adapted, base=nn.Linear(8, 8), down=nn.Linear(8, 2, bias=False), up=nn.Linear(2, 8, bias=False))
+    model.base.requires_grad_(False)
+    frozen = {name: 0 for name, p in model.named_parameters() if not p.requires_grad}
+    norm = mn.convert(model, (torch.randn(4, 8),), masses=frozen)
+    shares = {leaf.key: leaf.target * leaf.sensitivity * leaf.scale for leaf in norm.leaves}
+    assert shares["base.weight"] == 0 == shares["base.bias"]
+    assert sum(share**2 for share in shares.values()) == pytest.approx(1.0)
+    opt = mn.ModularOptimizer(torch.optim.SGD([model.down.weight, model.up.weight], lr=1.0), norm, lr=0.1)
+    model(torch.randn(4, 8)).square().sum().backward()
+    opt.step()
