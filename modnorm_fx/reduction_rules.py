@@ -234,8 +234,7 @@ def _was_empty(write: fx.Node) -> bool:
     written than it has entries."""
     entries, places = 0, []
     node: Any = write
-    while node.target in WRITES:
-        at = WRITES[node.target]
+    while (at := WRITES.get(node.target, len(node.args))) < len(node.args):
         if _reads(node.args[at], node.args[0]):
             return False
         entries += math.prod(shape_of(node.args[at]))

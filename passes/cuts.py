@@ -19,7 +19,7 @@ from modnorm_fx.atoms import Slice
 from modnorm_fx.rules import RuleTable, arguments, shape_of
 
 from .canonicalize import aten, is_call, strip
-from .flow import Flow
+from .flow import Flow, is_float
 from .layout import feature_slice, replay
 
 #: functions of each entry of one tensor where what else they take are numbers, beside those that the rules know
@@ -171,9 +171,9 @@ class Cutter:
     def _binary(self, node: fx.Node, source: fx.Node, axis: int) -> tuple[dict[fx.Node, int], fx.Node | None] | None:
         """A product or sum with a weight that has a number for each feature, or a sum with what another layer makes."""
         others = [a for a in node.args[:2] if a is not source]
-        if len(others) != 1 or not isinstance(others[0], fx.Node) or shape_of(node) != shape_of(source):
+        other: Any = others[0] if len(others) == 1 else None
+        if not isinstance(other, fx.Node) or not is_float(other) or shape_of(node) != shape_of(source):
             return None
-        other: Any = others[0]
         along = axis - len(shape_of(source)) + len(shape_of(other))
         if along < 0 or shape_of(other)[along] != shape_of(source)[axis]:
             return None
