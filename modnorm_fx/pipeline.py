@@ -59,8 +59,8 @@ __all__ = ["convert"]
 Result = TypeVar("Result")
 #: targets above this are named: a step of lr 1e-3 would change a weight of norm 1 a thousandfold
 FAR = 1e6
-#: sensitivity · scale above this is named: it is near 1 in a model of any depth whose layers are understood (GPT-2's
-#: positions, whose rows are small, have the largest of the usual ones, 20), and a power of the depth where one is not
+#: sensitivity · scale above this is named: it is below 50 in models of any depth that have norm layers (embeddings,
+#: whose rows are small, have the largest: 34 in GPT-2), and exponential in the depth where a layer is not understood
 COMPOUNDED = 1e3
 #: agreement asked of the tree's recursion and the reverse sweep; both are a few hundred float64 products
 AGREEMENT = 1e-6
@@ -298,8 +298,8 @@ def _compounds(norm: ModularNorm) -> str:
     return (
         f"By the norm's numbers the output moves {grown[key]:.3g} times as far as {key} (in relative terms; above "
         f"{COMPOUNDED:g} for {len(grown)} weight{'s' if len(grown) > 1 else ''}), so that steps there are next to "
-        "nothing. Effects that grow with every layer are seldom real: more often a layer is not understood. "
-        "norm.explain('scales') shows where they grow; masses or norm.tare give these weights larger steps."
+        "nothing. Effects that grow with every layer can be real (sines without norm layers), or a layer is not "
+        "understood: norm.explain('scales') shows where they grow; masses or norm.tare give these weights larger steps."
     )
 
 
