@@ -26,8 +26,7 @@ class _Place:
     name: str
 
     def parameter(self) -> Tensor | None:
-        module = self.module()
-        return None if module is None else module._parameters.get(self.attribute)
+        return getattr(self.module(), self.attribute, None)
 
 
 @dataclass(eq=False)

@@ -45,6 +45,8 @@ LAYERS: dict[Any, tuple[str, int, int]] = {
 }
 #: where the bias stands, unless it is called so
 BIASES: dict[Any, str] = {aten.addmm.default: "self"}
+#: tensors in the type of their first argument, of which they take nothing else
+NEW = frozenset({aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default})
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def split_packed(
         users = [user for user in weight.users if user.target is not take_slice and user.target not in SHAPE_ONLY]
         return all((cut(_layer(user, module, flow)) or {}).keys() == parts.keys() for user in users)
 
+    _release_types(module.graph)
     _pick_before_copies(module.graph)
     count = 0
     todo = list(module.graph.nodes)
@@ -92,6 +95,16 @@ def split_packed(
             todo.extend(_rewrite(layer, module, parts))
             count += 1
     return count
+
+
+def _release_types(graph: fx.Graph) -> None:
+    """Has new tensors take their type from an input of the graph: a layer is not used whole by lending its own."""
+    inputs = list(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        if node.target in NEW:
+            source: Any = node.args[0]
+            same = (i for i in inputs if getattr(i.meta.get("val"), "dtype", None) == source.meta["val"].dtype)
+            node.replace_input_with(source, next(same, source))
 
 
 def _pick_before_copies(graph: fx.Graph) -> None:

@@ -20,10 +20,10 @@ from modnorm_fx.passes.recognize_norms import recognize_norms
 from modnorm_fx.passes.recognize_rotary import recognize_rotary
 from modnorm_fx.passes.recognize_shares import recognize_shares
 from modnorm_fx.passes.recognize_straight_through import recognize_straight_through
-from modnorm_fx.passes.release_types import release_types
 from modnorm_fx.passes.split_packed import split_packed
 from modnorm_fx.passes.type_atoms import Weight, type_atoms
 from modnorm_fx.passes.unstack_weights import unstack_weights
+from modnorm_fx.passes.write_casts import write_casts
 from torch import Tensor, fx, nn
 
 from modnorm_fx import ATEN
@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 
 #: the rewriting passes, in the pipeline's order
 REWRITES = (
-    "types", "computed", "norms", "stacked", "straight_through", "rotary", "attention", "averages", "shares", "dots",
+    "casts", "computed", "norms", "stacked", "straight_through", "rotary", "attention", "averages", "shares", "dots",
     "pointwise", "packed", "joined",
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ class Staged:
     def rewrite(self, *names: str) -> dict[str, int]:
         """Runs rewriting passes and says how often each fired."""
         run = {
-            "types": lambda: release_types(self.module),
+            "casts": lambda: write_casts(self.module),
             "computed": lambda: computed_weights(
                 self.module,
                 self.captured.inputs,

@@ -1,4 +1,4 @@
-"""Types that are lent: the outputs stay the same, and nobody is read for a type."""
+"""Casts to the type of another tensor: the outputs stay the same, and nobody is read for a type."""
 
 import pytest
 import torch
@@ -9,25 +9,19 @@ aten = torch.ops.aten
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
 
-LENT = {
+CASTS = {
     "type_as": lambda x, y: 2 * x.type_as(y),
     "to": lambda x, y: 2 * x.to(y),
     "type_as of the same type": lambda x, y: x.type_as(2 * x),
-    "new_zeros": lambda x, y: torch.cat([x, (x + y).new_zeros(3, 4)]),
-    "new_full": lambda x, y: (x.float() + 1).new_full((3, 4), 2.0) + x,
-    "new_empty": lambda x, y: (x * y).new_empty(0, 4).sum() + x,
 }
 
 
-@pytest.mark.parametrize("name", LENT)
+@pytest.mark.parametrize("name", CASTS)
 def test_outputs_stay_the_same(name: str) -> None:
-    staged = stage(LENT[name], X, Y)
-    staged.rewrite("types")
+    staged = stage(CASTS[name], X, Y)
+    staged.rewrite("casts")
     assert staged.error() == 0
-    for node in staged.module.graph.nodes:
-        assert node.target not in (aten.type_as.default, aten.to.other)
-        if "new_" in str(node.target):
-            assert node.args[0].op == "placeholder"
+    assert not {aten.type_as.default, aten.to.other} & set(staged.targets())
 
 
 def test_what_lends_its_type_alone_is_not_used() -> None:
@@ -38,6 +32,6 @@ def test_what_lends_its_type_alone_is_not_used() -> None:
         return both[:, :2] * y.type_as(both)[:, 2:]
 
     staged = stage(function, X, Y)
-    staged.rewrite("types")
+    staged.rewrite("casts")
     (both,) = [n for n in staged.module.graph.nodes if n.target is aten.mul.Tensor and 3 in n.args]
     assert {str(u.target) for u in both.users} == {"aten.slice.Tensor"}
