@@ -31,9 +31,13 @@ MIXERS = {
         "out_proj.weight": "Linear 128→64",
     }),
     "hf:mamba2-tiny": ("backbone.layers.0.mixer.", {
-        "in_proj.weight[0:128]": "Linear 64→128", "in_proj.weight[128:288]": "Linear 64→160",  # z, and x, B, C
+        "in_proj.weight[0:128]": "Linear 64→128", "in_proj.weight[128:256]": "Linear 64→128",  # z and x
+        "in_proj.weight[256:272]": "Linear 64→16", "in_proj.weight[272:288]": "Linear 64→16",  # B and C
         "in_proj.weight[288:296]": "Linear 64→8",  # dt
-        "conv1d.weight": "Conv 4 160→160 /160", "conv1d.bias": "Bias 160", "dt_bias": "Scalar 8", "A_log": "Scalar 8",
+        "conv1d.weight[0:128]": "Conv 4 128→128 /128", "conv1d.bias[0:128]": "Bias 128",
+        "conv1d.weight[128:144]": "Conv 4 16→16 /16", "conv1d.bias[128:144]": "Bias 16",
+        "conv1d.weight[144:160]": "Conv 4 16→16 /16", "conv1d.bias[144:160]": "Bias 16",
+        "dt_bias": "Scalar 8", "A_log": "Scalar 8",
         "D": "Gain 8", "norm.weight": "Gain 128", "out_proj.weight": "Linear 128→64",
     }),
     "hf:recurrent_gemma-tiny": ("model.layers.0.temporal_block.", {
