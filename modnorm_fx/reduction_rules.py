@@ -214,10 +214,10 @@ def write(call: Call) -> Local:
     return _written(call, name, min(1.0, math.prod(call.shape(name)) / max(1, math.prod(call.shape("self")))))
 
 
-#: writes -> where what is written stands among their arguments
-WRITES: dict[Any, int] = {
-    aten.slice_scatter.default: 1, aten.select_scatter.default: 1, aten.diagonal_scatter.default: 1,
-    aten.index_put.default: 2, aten.scatter.src: 3, aten.index_copy.default: 3,
+#: op -> what is written over some entries of ``self``
+WRITES: dict[Any, str] = {
+    aten.slice_scatter.default: "src", aten.select_scatter.default: "src", aten.diagonal_scatter.default: "src",
+    aten.scatter.src: "src", aten.index_copy.default: "source", aten.index_put.default: "values",
 }  # fmt: skip
 #: tensors that hold nothing yet
 EMPTY = frozenset(
@@ -234,7 +234,8 @@ def _was_empty(write: fx.Node) -> bool:
     written than it has entries."""
     entries, places = 0, []
     node: Any = write
-    while (at := WRITES.get(node.target, len(node.args))) < len(node.args):
+    while node.target in WRITES:
+        at = [a.name for a in node.target._schema.arguments].index(WRITES[node.target])
         if _reads(node.args[at], node.args[0]):
             return False
         entries += math.prod(shape_of(node.args[at]))

@@ -25,10 +25,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import getitem
-from typing import Any
 
 from torch import fx
 
+from modnorm_fx.reduction_rules import WRITES
 from modnorm_fx.rules import Operand, RuleTable, arguments, operands, shape_of
 
 from .canonicalize import CASTS, aten, is_call, strip
@@ -41,11 +41,6 @@ __all__ = ["Parts", "find_parts"]
 Parts = dict[fx.Node, dict[Operand, float]]
 
 CHOICES = frozenset({aten.where.self, aten.masked_scatter.default})
-#: op -> what is written over some entries of ``self``
-WRITES: dict[Any, str] = {
-    aten.slice_scatter.default: "src", aten.select_scatter.default: "src", aten.diagonal_scatter.default: "src",
-    aten.scatter.src: "src", aten.index_copy.default: "source", aten.index_put.default: "values",
-}  # fmt: skip
 #: ops that pick places of their first operand, by an index
 PICKS = frozenset({aten.index.Tensor, aten.gather.default, aten.index_select.default, aten.masked_select.default})
 SLICES = frozenset({aten.slice.Tensor, aten.select.int, aten.narrow.default})
