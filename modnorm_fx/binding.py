@@ -36,13 +36,13 @@ class Binding:
 
     @classmethod
     def of(cls, model: nn.Module) -> Binding:
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         return cls(
             tuple(
-                _Place(weakref.ref(module), attribute, names[parameter])
+                _Place(weakref.ref(module), attribute, names[id(parameter)])
                 for module in model.modules()
                 for attribute, parameter in module._parameters.items()
-                if parameter is not None
+                if id(parameter) in names
             )
         )
 

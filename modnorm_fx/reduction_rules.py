@@ -235,12 +235,14 @@ def _was_empty(write: fx.Node) -> bool:
     entries, places = 0, []
     node: Any = write
     while node.target in WRITES:
-        at = [a.name for a in node.target._schema.arguments].index(WRITES[node.target])
-        if _reads(node.args[at], node.args[0]):
+        schema = node.target._schema.arguments
+        args = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
+        before, source = args.pop("self"), args.pop(WRITES[node.target])
+        if args.get("accumulate") or _reads(source, before):
             return False
-        entries += math.prod(shape_of(node.args[at]))
-        places.append(repr([a for i, a in enumerate(node.args) if i not in (0, at)]))
-        node = node.args[0]
+        entries += math.prod(shape_of(source))
+        places.append(repr(args))
+        node = before
     once = len(places) == len(set(places))
     return node.target in EMPTY and once and entries <= math.prod(shape_of(write))
 

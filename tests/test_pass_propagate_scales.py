@@ -162,6 +162,17 @@ def test_writes_to_different_places(places, start):
     assert output_scale(model, x) == pytest.approx(float(model(x).detach().square().mean().sqrt()), rel=1e-4)
 
 
+def test_places_that_were_added_to_before_are_not_empty():
+    """Rows 0 and 1, to which two rows each were added, are then written over: not all that came before is left."""
+
+    def function(s, x):
+        y = torch.zeros_like(x).index_put((torch.tensor([0, 1, 0, 1]),), s.a(x[:4]), accumulate=True)
+        return y.index_put((torch.tensor([0, 1, 2, 3]),), s.b(x[4:]))
+
+    model = With(function, a=nn.Linear(16, 16), b=nn.Linear(16, 16))
+    assert output_scale(model, torch.randn(8, 16)) < 1.0
+
+
 def test_a_place_that_is_written_twice_counts_once():
     def function(s, x):
         y = torch.zeros_like(x)
